@@ -1,0 +1,180 @@
+"""The generation engine: one state machine a row, one packed backbone pass a step, rows of a batch in different modes.
+
+A row writes text (host tokens) until the grammar or the model opens an item; states its extent; generates the item by the step
+plan of its order; closes it; goes on with text, or is done. The grammar is certain, not learned: what the row may emit next is
+decided here, for every row independently. Guidance runs an unconditional twin of a row (`bos null`, then the item), opened with
+the item and dropped at its end. Each row has its own random generator, so a seed means the same in any batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mm.cache import Chunk, KVCache
+from mm.interfaces import Draw, Encoded, Sampling
+from mm.layout import NULL, Segment
+from mm.model import MultimodalModel
+from mm.rows import Feed, Row
+from mm.stream import TokenStream
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What one row is asked for."""
+
+    prompt: Sequence[Segment]
+    """What is given, in document order."""
+    items: Sequence[tuple[str, tuple[int, ...]]] = ()
+    """Items to open first, one after the other, each with its grid: [("image", (8, 8))]."""
+    text: bool = True
+    """After `items`: go on with text until `eos` (which may open items by itself, if `free`)."""
+    free: bool = False
+    """The model may open items of any non-host modality inside its text."""
+    max_tokens: int = 256
+    """Positions generated at the most; items that would not fit are not opened."""
+    sampling: Sampling = field(default_factory=Sampling)
+    by_modality: dict[str, Sampling] = field(default_factory=dict)
+    """Sampling for one modality, where it differs."""
+    seed: int = 0
+    known: tuple[Tensor, Tensor] | None = None
+    """Given elements of the first item: (content, which are given)."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """Progress of one row after a step."""
+
+    row: int
+    modality: str
+    content: Tensor
+    """Local ids of the segment so far."""
+    done: float
+
+
+class Engine:
+    """Generates for batches of requests with one model."""
+
+    def __init__(self, model: MultimodalModel) -> None:
+        self.model = model
+
+    @torch.inference_mode()
+    def generate(
+        self, requests: Sequence[Request], on_step: Callable[[Event], None] | None = None
+    ) -> list[list[Segment]]:
+        """The segments each row generated (content `Encoded`). Raises `ValueError` for a prompt longer than the context."""
+        if not requests:
+            return []
+        model = self.model
+        training = model.training
+        model.eval()
+        try:
+            return self._run(requests, on_step)
+        finally:
+            model.train(training)
+
+    def _run(self, requests: Sequence[Request], on_step: Callable[[Event], None] | None) -> list[list[Segment]]:
+        model, count = self.model, len(requests)
+        rows = [Row(model, number, request) for number, request in enumerate(requests)]
+        guided = any(row.guided for row in rows)
+        capacity = max(row.need for row in rows)
+        cache = KVCache(
+            model.backbone.config, count * (2 if guided else 1), capacity, model.device, model.embedding.weight.dtype
+        )
+        while True:
+            feeds = [feed for row in rows for feed in row.feeds()]
+            if not feeds:
+                return [row.segments for row in rows]
+            for feed in feeds:
+                if feed.reset:
+                    cache.reset(feed.slot(count))
+            feeds.sort(key=lambda f: f.slot(count))
+            hidden = self._forward(feeds, cache, count)
+            self._sample(rows, feeds, hidden)
+            if on_step is not None:
+                for row in rows:
+                    event = row.event()
+                    if event is not None:
+                        on_step(Event(row.number, *event))
+
+    def _forward(self, feeds: list[Feed], cache: KVCache, count: int) -> Tensor:
+        chunks = [Chunk(feed.slot(count), feed.order, feed.copy, feed.keep) for feed in feeds]
+        stream = assemble(feeds, self.model.device)
+        hidden = self.model(stream, cache.plan(chunks))
+        cache.commit(chunks)
+        return hidden
+
+    def _sample(self, rows: list[Row], feeds: list[Feed], hidden: Tensor) -> None:
+        """Give every row that reads its hidden states the tokens its head draws: one call a head for the whole batch."""
+        base = 0
+        wanted: dict[int, list[tuple[Row, Feed, Tensor]]] = {}
+        twins: dict[int, Tensor] = {}
+        for feed in feeds:
+            length = len(feed.order)
+            if feed.read is not None:
+                states = hidden[base + length - 1 : base + length] if feed.read == "last" else hidden[base + feed.read]
+                if feed.twin:
+                    twins[feed.row] = states
+                else:
+                    row = rows[feed.row]
+                    wanted.setdefault(row.head, []).append((row, feed, states))
+            base += length
+        for head, asking in wanted.items():
+            states, draws, at = [], [], 0
+            for row, feed, own in asking:
+                place = slice(at, at + len(own))
+                states.append(own)
+                at += len(own)
+                twin = twins.get(feed.row) if row.scale != 1.0 else None
+                unconditional = None
+                if twin is not None:
+                    states.append(twin)
+                    unconditional = slice(at, at + len(twin))
+                    at += len(twin)
+                draws.append(
+                    Draw(
+                        rows=place,
+                        sampling=row.sampling(head),
+                        generator=row.generator,
+                        unconditional=unconditional,
+                        scale=row.scale,
+                        bias=row.bias(),
+                    )
+                )
+            name = self.model.modalities[head].name
+            together = states[0] if len(states) == 1 else torch.cat(states)
+            for (row, _, _), (tokens, log_prob) in zip(
+                asking, self.model.heads[name].sample(together, draws), strict=True
+            ):
+                row.accept(tokens, log_prob)
+
+
+def assemble(feeds: Sequence[Feed], device: torch.device) -> TokenStream:
+    """The positions of one pass as a stream (document = place in the pass)."""
+    lengths = [len(feed.order) for feed in feeds]
+    total = sum(lengths)
+    zero = torch.zeros(total, dtype=torch.int64)
+    if all(feed.time is None for feed in feeds):
+        time = torch.zeros(total)
+    else:
+        time = torch.cat([torch.zeros(n) if f.time is None else f.time for f, n in zip(feeds, lengths, strict=True)])
+    inject = Row.gather_inject(feeds, lengths)
+    stream = TokenStream(
+        modality=torch.tensor([m for feed in feeds for m in feed.modality]),
+        ids=torch.tensor([i for feed in feeds for i in feed.ids]),
+        document=torch.repeat_interleave(torch.arange(len(feeds)), torch.tensor(lengths)) if len(feeds) < total else zero,
+        order=zero,
+        copy=zero,
+        position=torch.tensor([p for feed in feeds for p in feed.position]),
+        time=time,
+        target=zero - 1,
+        weight=torch.zeros(total),
+        inject=inject,
+    )
+    return stream if device.type == "cpu" else stream.to(device)
+
+
+__all__ = ["NULL", "Encoded", "Engine", "Event", "Request", "assemble"]

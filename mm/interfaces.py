@@ -1,0 +1,270 @@
+"""The plug-in contracts: a *tokenizer* turns raw data into tokens and back, an *order* lays tokens out as positions,
+a *head* turns hidden states into tokens. One file per plug-in; nothing in the core knows a modality by name.
+
+Letters in shapes: N content elements of one item, K sub-codes, D latent width, W backbone width, n selected positions.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+Kind = Literal["discrete", "codes", "continuous"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """What a tokenizer emits; everything the core needs to know about it."""
+
+    kind: Kind
+    """`discrete`: one id an element; `codes`: `num_codes` sub-codes an element; `continuous`: a vector an element."""
+    vocab_size: int = 0
+    """Ids an element (or a sub-code) can take; 0 for continuous."""
+    num_codes: int = 1
+    """Sub-codes an element."""
+    dim: int = 0
+    """Width of a continuous element."""
+    max_grid: tuple[int, ...] = ()
+    """Largest extent an axis may have, slowest axis first ((rows, columns) for a picture). Empty: a list of free
+    length closed by its end token (text, file bytes)."""
+    fingerprint: str = ""
+    """Changes whenever the meaning of a token changes (weights, tables, version); checked against checkpoints and caches."""
+
+    def __post_init__(self) -> None:
+        if self.kind in ("discrete", "codes") and self.vocab_size < 1:
+            raise ValueError(f"a {self.kind} tokenizer needs vocab_size >= 1, got {self.vocab_size}")
+        if self.kind == "continuous" and self.dim < 1:
+            raise ValueError(f"a continuous tokenizer needs dim >= 1, got {self.dim}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoded:
+    """One item as tokens. Exactly one of `ids`, `codes`, `latents` is set; ids are local to the tokenizer (from 0)."""
+
+    grid: tuple[int, ...]
+    """Extent of every axis, slowest first; `(N,)` for a list. Its product is N."""
+    ids: Int[Tensor, " N"] | None = None
+    codes: Int[Tensor, "N K"] | None = None
+    latents: Float[Tensor, "N D"] | None = None
+    micro: tuple[float, ...] = ()
+    """Facts about the item as a whole (original size, crop, score) for orders that condition on them (Meissonic)."""
+
+    def __post_init__(self) -> None:
+        count = 1
+        for extent in self.grid:
+            count *= extent
+        if sum(x is not None for x in (self.ids, self.codes, self.latents)) != 1:
+            raise ValueError("Encoded needs exactly one of ids, codes, latents")
+        if len(self.content) != count:
+            raise ValueError(f"Encoded holds {len(self.content)} elements, but its grid {self.grid} has {count}")
+
+    @property
+    def content(self) -> Tensor:
+        """The one content tensor that is set, first axis N."""
+        for value in (self.ids, self.codes, self.latents):
+            if value is not None:
+                return value
+        raise AssertionError("unreachable: checked in __post_init__")
+
+    def __len__(self) -> int:
+        return len(self.content)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoded:
+    """Raw data decoded from tokens. Decoding is total: what a model can emit never raises; `value` is the best sample."""
+
+    value: Any
+    valid: bool = True
+    reason: str = ""
+
+
+class ModalityTokenizer(abc.ABC):
+    """Raw data ↔ tokens. May also be an `nn.Module` (then it has weights, and `to`, `eval` apply)."""
+
+    @property
+    @abc.abstractmethod
+    def spec(self) -> Spec: ...
+
+    @abc.abstractmethod
+    def encode(self, raw: Any) -> Encoded:
+        """Tokens of one item, on the CPU. Raises `ValueError` (got / expected / what to do) for what it can't encode."""
+
+    @abc.abstractmethod
+    def decode(self, encoded: Encoded) -> Decoded:
+        """The inverse as far as it goes. Never raises on ids within the spec, whatever their number or order."""
+
+    def encode_batch(self, raws: Sequence[Any]) -> list[Encoded]:
+        """Many items at once; tokenizers with a network override this with one batched forward."""
+        return [self.encode(raw) for raw in raws]
+
+    def decode_batch(self, items: Sequence[Encoded]) -> list[Decoded]:
+        return [self.decode(item) for item in items]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Content of one item laid out as positions for training, relative to where the item begins. P positions.
+
+    The builder (`mm.layout`) adds the item's begin, size and end controls, and shifts `order`, `position`, `target`.
+    """
+
+    element: Int[Tensor, " P"]
+    """Which content element each position holds."""
+    order: Int[Tensor, " P"]
+    """From 0; when the position is generated."""
+    position: Float[Tensor, "P 3"]
+    """Rotary coordinates (time, row, column) from 0."""
+    time: Float[Tensor, " P"]
+    """0 = clean, 1 = fully corrupted (mask token or pure noise)."""
+    copy: Int[Tensor, " P"]
+    target: Int[Tensor, " P"]
+    """Index among the P positions whose content this one predicts; P = whatever follows the item; −1 = nothing."""
+    enters: bool
+    """True when the position before the item predicts its first element (raster)."""
+    inject: dict[str, Float[Tensor, "P F"]] = field(default_factory=dict)
+    """Vectors the backbone gets beside the content (mask rate, micro-conditions)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are drawn. One object, so that pipelines and commands share names and defaults."""
+
+    temperature: float = 1.0
+    """0 = greedy."""
+    top_k: int = 0
+    """0 = off."""
+    top_p: float = 1.0
+    steps: int = 0
+    """Refinement steps of orders that have them (masked, blocks); 0 = the order's default."""
+    guidance: float = 1.0
+    """Classifier-free guidance s in u + s·(c − u); 1 = off (the second branch is not run)."""
+    guidance_schedule: Literal["constant", "ramp"] = "constant"
+    """`ramp`: from 1 to `guidance` over the item (ELM, MAR)."""
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """Fraction of the item within which guidance applies (LlamaGen's cfg_interval)."""
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ValueError(f"temperature must be >= 0, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        if self.top_k < 0 or self.steps < 0:
+            raise ValueError(f"top_k and steps must be >= 0 (0 = off / default), got {self.top_k} and {self.steps}")
+        lo, hi = self.guidance_interval
+        if not 0 <= lo <= hi <= 1:
+            raise ValueError(f"guidance_interval must satisfy 0 <= from <= to <= 1, got {self.guidance_interval}")
+
+    def scale(self, done: float) -> float:
+        """Guidance scale when the fraction `done` of the item is generated."""
+        lo, hi = self.guidance_interval
+        if not lo <= done <= hi:
+            return 1.0
+        if self.guidance_schedule == "ramp":
+            return 1.0 + (self.guidance - 1.0) * done
+        return self.guidance
+
+
+class Order(abc.ABC):
+    """When each element of an item is generated. Training layout and generation plan live in one class."""
+
+    default_steps: int = 0
+
+    @abc.abstractmethod
+    def layout(self, encoded: Encoded, *, context: bool, rng: torch.Generator) -> Layout:
+        """Positions of one item for training. `context`: the item is given, not learned (a prompt), and stays clean;
+        otherwise `rng` draws what the order draws (mask rates, block shifts)."""
+
+    @abc.abstractmethod
+    def session(
+        self,
+        grid: tuple[int, ...],
+        sampling: Sampling,
+        rng: torch.Generator,
+        known: tuple[Tensor, Bool[Tensor, " N"]] | None = None,
+    ) -> Session:
+        """The step plan that generates one item of this grid. `known` = (content, which of it is given): inpainting, prefix
+        completion; orders that cannot honour it raise `ValueError`."""
+
+
+class Session(abc.ABC):
+    """Generation of one item, step by step. The engine asks `propose`, evaluates, samples, and calls `accept`."""
+
+    @abc.abstractmethod
+    def propose(self) -> Proposal | None:
+        """What to evaluate next; None when the item is complete."""
+
+    @abc.abstractmethod
+    def accept(self, sample: Tensor, log_prob: Float[Tensor, " n"] | None) -> None:
+        """The head's draws for the elements that `propose` asked about, and the log-probability of each (untempered)."""
+
+    @abc.abstractmethod
+    def content(self) -> Tensor:
+        """What is generated so far (elements not yet known hold 0)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proposal:
+    """One evaluation of a session."""
+
+    autoregressive: bool
+    """True: the row's last hidden state predicts the one next element, which is then fed and kept in the cache.
+    False: the positions of `layout` are fed (not kept), and those with target >= 0 are sampled, in stream order."""
+    done: float
+    """Fraction of the item that is generated, for guidance schedules."""
+    content: Tensor | None = None
+    """What the fed positions hold, element by element (any value where time = 1)."""
+    layout: Layout | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draw:
+    """What one row asks of a head: which hidden states, how to sample, whose randomness."""
+
+    rows: slice
+    """Hidden states of the row among those given to `Head.sample`."""
+    sampling: Sampling
+    generator: torch.Generator
+    unconditional: slice | None = None
+    """Hidden states of the row's unconditional twin, when guidance is on."""
+    scale: float = 1.0
+    """Guidance scale s in u + s·(c − u)."""
+    bias: Float[Tensor, " V"] | None = None
+    """Added to the logits: −inf where the grammar forbids an id."""
+
+
+class Head(nn.Module, abc.ABC):
+    """Hidden states → tokens of one modality. Constructed from hyper-parameters; `build` makes the weights."""
+
+    @abc.abstractmethod
+    def build(self, *, width: int, spec: Spec, controls: int = 0) -> None:
+        """Make the parameters. `controls` control ids follow the modality's own (host modality only)."""
+
+    @abc.abstractmethod
+    def loss(self, hidden: Float[Tensor, "n W"], target: Tensor) -> Float[Tensor, " n"]:
+        """Loss per position (mean over the valid scalars of that position). Target: local ids (n), sub-codes (n, K) with −1
+        where invalid, or latents (n, D)."""
+
+    @abc.abstractmethod
+    def sample(
+        self, hidden: Float[Tensor, "n W"], draws: Sequence[Draw]
+    ) -> list[tuple[Tensor, Float[Tensor, " m"] | None]]:
+        """For each draw, tokens for its rows and their log-probabilities (None where the head has no density)."""
+
+
+@dataclass(kw_only=True)
+class Modality:
+    """One entry of a model's `modalities` list in YAML."""
+
+    name: str
+    tokenizer: ModalityTokenizer
+    head: Head
+    order: Order
+    weight: float = 1.0
+    """Loss weight of the modality (Emu3: 0.5 on vision)."""

@@ -1,0 +1,156 @@
+"""From a document (text, picture, text …) to a `TokenStream`: controls around the items, orders, positions, targets.
+
+A document is `bos`, its segments, `eos`. A host segment (text) is its elements. Any other segment is an item: begin, the
+extent of each axis, the elements as the item's order lays them out, end. Rotary coordinates run on from segment to segment: an
+item with axes starts at the cursor on all three, and what follows continues after its largest coordinate (as in Qwen2-VL).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mm.interfaces import Encoded, Layout, Modality
+from mm.stream import Placed, TokenStream
+from mm.vocabulary import Vocabulary
+
+NULL = "null"
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One part of a document. `content` is raw data or `Encoded`; modality `"null"` (no content) is the absent condition."""
+
+    modality: str
+    content: Any = None
+    loss: bool = True
+    """False: given, not learned (a prompt)."""
+
+
+class DocumentBuilder:
+    """Turns documents into streams for one list of modalities."""
+
+    def __init__(self, modalities: Sequence[Modality], vocabulary: Vocabulary) -> None:
+        self.modalities, self.vocabulary = list(modalities), vocabulary
+
+    def encode(self, segment: Segment) -> Encoded:
+        if isinstance(segment.content, Encoded):
+            return segment.content
+        return self.modalities[self.vocabulary.index[segment.modality]].tokenizer.encode(segment.content)
+
+    def __call__(self, document: Sequence[Segment], rng: torch.Generator, *, close: bool = True) -> TokenStream:
+        """The stream of one document. `close=False` leaves out `eos` (a prompt to be continued)."""
+        draft = _Draft(self.vocabulary)
+        draft.controls([self.vocabulary.control("bos")], 0.0)
+        for segment in document:
+            if segment.modality == NULL:
+                draft.controls([self.vocabulary.control("null")], 0.0)
+                continue
+            entry = self.vocabulary[segment.modality]
+            number = self.vocabulary.index[segment.modality]
+            modality = self.modalities[number]
+            encoded = self.encode(segment)
+            host_weight = self.modalities[0].weight if segment.loss else 0.0
+            if number:
+                draft.controls(self.vocabulary.opening(entry.name, encoded.grid), host_weight)
+            layout = modality.order.layout(encoded, context=not segment.loss, rng=rng)
+            draft.item(number, encoded.content, layout, modality.weight if segment.loss else 0.0)
+            if number:
+                draft.controls([self.vocabulary.end(entry.name)], host_weight)
+        if close:
+            learned = bool(document) and document[-1].loss and document[-1].modality != NULL
+            draft.controls([self.vocabulary.control("eos")], self.modalities[0].weight if learned else 0.0)
+        return draft.stream()
+
+
+class _Draft:
+    """Positions of one document while it is being laid out. `predictor` is the position whose hidden state predicts what comes
+    next, or −1 where nothing does (after a masked picture)."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self.vocabulary = vocabulary
+        self.parts: dict[str, list[Tensor]] = {}
+        self.links: list[tuple[int, int, float]] = []
+        self.records: dict[str, dict[str, list[tuple[Tensor, Tensor]]]] = {"codes": {}, "latents": {}, "inject": {}}
+        self.length = self.order = 0
+        self.cursor = 0.0
+        self.predictor = -1
+
+    def controls(self, ids: Sequence[int], weight: float) -> None:
+        for offset in range(len(ids)):
+            if self.predictor >= 0 and weight:
+                self.links.append((self.predictor, self.length + offset, weight))
+            self.predictor = self.length + offset
+        count = len(ids)
+        steps = torch.arange(count)
+        self._append(
+            modality=torch.zeros(count, dtype=torch.int64),
+            ids=torch.tensor(ids, dtype=torch.int64),
+            order=self.order + steps,
+            copy=torch.zeros(count, dtype=torch.int64),
+            position=(self.cursor + steps).float()[:, None].expand(-1, 3),
+            time=torch.zeros(count),
+            target=torch.full((count,), -1),
+            weight=torch.zeros(count),
+        )
+        self.length += count
+        self.order += count
+        self.cursor += count
+
+    def item(self, number: int, content: Tensor, layout: Layout, weight: float) -> None:
+        count = len(layout.element)
+        if not count:
+            return
+        entry, held = self.vocabulary.entries[number], content[layout.element]
+        ids = torch.full((count,), -1)
+        if entry.kind == "discrete":
+            ids = held.long() + entry.start
+        else:
+            kind = "codes" if entry.kind == "codes" else "latents"
+            self.records[kind].setdefault(entry.name, []).append((held, self.length + torch.arange(count)))
+        for name, vectors in layout.inject.items():
+            self.records["inject"].setdefault(name, []).append((vectors, self.length + torch.arange(count)))
+        if layout.enters and weight and self.predictor >= 0:
+            self.links.append((self.predictor, self.length, weight))
+        inside = (layout.target >= 0) & (layout.target < count) if weight else torch.zeros(count, dtype=torch.bool)
+        self._append(
+            modality=torch.full((count,), number),
+            ids=ids,
+            order=self.order + layout.order,
+            copy=layout.copy,
+            position=self.cursor + layout.position,
+            time=layout.time,
+            target=torch.where(inside, layout.target + self.length, -1),
+            weight=torch.where(inside, weight, 0.0),
+        )
+        leaving = (layout.target == count).nonzero()
+        self.predictor = self.length + int(leaving[0]) if len(leaving) else -1
+        self.length += count
+        self.order += int(layout.order.max()) + 1
+        self.cursor += float(layout.position.max()) + 1.0
+
+    def _append(self, **values: Tensor) -> None:
+        for name, value in values.items():
+            self.parts.setdefault(name, []).append(value)
+
+    def stream(self) -> TokenStream:
+        merged = {name: torch.cat(values) for name, values in self.parts.items()}
+        if self.links:
+            where, target, weight = zip(*self.links, strict=True)
+            index = torch.tensor(where)
+            merged["target"][index] = torch.tensor(target)
+            merged["weight"][index] = torch.tensor(weight)
+        records = {
+            kind: {
+                name: Placed(values=torch.cat([v for v, _ in rows]), index=torch.cat([i for _, i in rows]))
+                for name, rows in named.items()
+            }
+            for kind, named in self.records.items()
+        }
+        stream = TokenStream(document=torch.zeros(self.length, dtype=torch.int64), **merged, **records)
+        stream.__dict__["lengths"] = [self.length]
+        return stream

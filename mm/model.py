@@ -1,0 +1,154 @@
+"""The model: embed a stream, run the backbone, route hidden states to heads. Knows modalities by number, never by name.
+
+Letters in shapes: T packed positions, W width, n selected positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from mm.attention import AttentionPlan, Packed
+from mm.backbone import Backbone, BackboneConfig
+from mm.grammar import Grammar
+from mm.interfaces import Modality
+from mm.layout import DocumentBuilder
+from mm.stream import TokenStream
+from mm.vocabulary import NAMED, SIZES, Vocabulary
+
+
+@dataclass(frozen=True)
+class LossReport:
+    """Loss of one batch: `total` = Σ over modalities of the weighted mean over its predicted positions."""
+
+    total: Float[Tensor, ""]
+    raw: dict[str, Tensor]
+    """Mean loss a predicted position, by modality, before weights."""
+    weighted: dict[str, Tensor]
+    count: dict[str, int]
+
+
+class MultimodalModel(nn.Module):
+    """Embeddings, backbone and heads for a list of modalities.
+
+    The first modality is the host: its ids come first, and its head also predicts the control tokens. Raises `ValueError`
+    when a head, an order and a tokenizer do not fit each other.
+    """
+
+    def __init__(self, backbone: BackboneConfig, modalities: Sequence[Modality], context: int = 1024) -> None:
+        super().__init__()
+        self.vocabulary = Vocabulary([(m.name, m.tokenizer.spec) for m in modalities])
+        self.modalities = list(modalities)
+        self.context = context
+        self.grammar = Grammar(self.vocabulary)
+        self.build_document = DocumentBuilder(self.modalities, self.vocabulary)
+        width = backbone.width
+        self.backbone = Backbone(backbone)
+        self.embedding = nn.Embedding(len(self.vocabulary), width)
+        self.mask = nn.Embedding(len(self.modalities), width)
+        """What the backbone reads where a position's content is hidden (time 1 of the masked order)."""
+        self.heads = nn.ModuleDict()
+        self.code_embeddings, self.inject = nn.ModuleDict(), nn.ModuleDict()
+        for number, modality in enumerate(self.modalities):
+            spec = modality.tokenizer.spec
+            modality.head.build(width=width, spec=spec, controls=0 if number else NAMED + SIZES)
+            self.heads[modality.name] = modality.head
+            if spec.kind == "codes":
+                self.code_embeddings[modality.name] = nn.Embedding(spec.num_codes * spec.vocab_size, width)
+            elif spec.kind == "continuous":
+                raise ValueError(f"{modality.name}: continuous tokenizers are not supported by this version of the model")
+            for name, features in getattr(modality.order, "conditions", {}).items():
+                self.inject[name] = Conditions(features, width)
+        for table in (self.embedding, self.mask, *self.code_embeddings.values()):
+            nn.init.normal_(table.weight, std=0.02)
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.weight.device
+
+    # --- forward ----------------------------------------------------------------------------------------------------
+
+    def embed(self, stream: TokenStream) -> Float[Tensor, "T W"]:
+        """What the backbone reads: the truth corrupted to each position's time."""
+        if stream.codes:
+            x = F.embedding(stream.ids.clamp(min=0), self.embedding.weight) * (stream.ids >= 0)[:, None]
+            for name, record in stream.codes.items():
+                table = self.code_embeddings[name]
+                per_code = table.num_embeddings // record.values.shape[1]
+                shifted = record.values + per_code * torch.arange(record.values.shape[1], device=record.values.device)
+                valid = (record.values >= 0)[..., None]
+                x = x.index_add(0, record.index, (table(shifted.clamp(min=0)) * valid).sum(1).to(x.dtype))
+        else:
+            x = self.embedding(stream.ids)
+        if bool((stream.time > 0).any()):
+            x = torch.where((stream.time > 0)[:, None], self.mask(stream.modality), x)
+        for name, record in stream.inject.items():
+            x = x.index_add(0, record.index, self.inject[name](record.values).to(x.dtype))
+        return x
+
+    def forward(self, stream: TokenStream, plan: AttentionPlan | None = None) -> Float[Tensor, "T W"]:
+        """Hidden state of every position; `plan` defaults to attention inside the packed documents."""
+        return self.backbone(self.embed(stream), stream.position, plan or Packed(stream), stream.time)
+
+    def logits(self, stream: TokenStream, name: str) -> Tensor:
+        """Teacher-forced logits of one modality's head at every position."""
+        head = self.heads[name]
+        return head.logits(self(stream))
+
+    # --- loss -------------------------------------------------------------------------------------------------------
+
+    def loss(self, stream: TokenStream, counts: Mapping[str, Tensor] | None = None) -> LossReport:
+        """Routing: the head of `modality[target[p]]` gets hidden state p. `counts` (predicted positions by modality) replaces
+        the batch's own, when the mean is to be taken over several ranks."""
+        hidden = self(stream)
+        predicting = (stream.target >= 0).nonzero()[:, 0]
+        target = stream.target[predicting]
+        owner = stream.modality[target]
+        total = hidden.sum() * 0.0
+        raw, weighted, count = {}, {}, {}
+        for number, modality in enumerate(self.modalities):
+            places = (owner == number).nonzero()[:, 0] if len(self.modalities) > 1 else torch.arange(len(owner))
+            if not len(places):
+                continue
+            name, source = modality.name, predicting[places]
+            losses = self.heads[name].loss(hidden[source], self.truth(stream, number, target[places]))
+            weight = stream.weight[source]
+            denominator = counts[name] if counts is not None else len(places)
+            raw[name] = losses.detach().sum() / denominator
+            term = (weight * losses).sum() / denominator
+            weighted[name], count[name] = term.detach(), len(places)
+            total = total + term
+        return LossReport(total, raw, weighted, count)
+
+    def truth(self, stream: TokenStream, number: int, places: Int[Tensor, " n"]) -> Tensor:
+        """Content at the given positions as the modality's head wants it: local ids, or sub-codes."""
+        entry = self.vocabulary.entries[number]
+        if entry.kind == "discrete":
+            return stream.ids[places] - entry.start
+        record = stream.codes[entry.name]
+        where = torch.full((len(stream),), -1, device=stream.device)
+        where[record.index] = torch.arange(len(record.index), device=stream.device)
+        return record.values[where[places]]
+
+
+class Conditions(nn.Module):
+    """Scalar facts (mask rate, size, score) → width: sinusoids of each, then a two-layer network. The last layer starts at zero,
+    so that a condition added to a trained model changes nothing at first."""
+
+    def __init__(self, features: int, width: int, bands: int = 32) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(2 * bands * features, width), nn.Linear(width, width)
+        self.register_buffer("frequency", torch.logspace(0, 3, bands), persistent=False)
+        self.frequency: Tensor
+        nn.init.zeros_(self.down.weight)
+        nn.init.zeros_(self.down.bias)
+
+    def forward(self, values: Float[Tensor, "n F"]) -> Float[Tensor, "n W"]:
+        angle = (values.float()[..., None] * self.frequency).flatten(1)
+        features = torch.cat((angle.cos(), angle.sin()), -1).to(self.up.weight.dtype)
+        return self.down(F.silu(self.up(features)))

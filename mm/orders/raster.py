@@ -1,0 +1,74 @@
+"""Raster order: one element after another, each predicted by the position before it (Liquid, LlamaGen, Chameleon, Orthus)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from mm.grid import coordinates
+from mm.interfaces import Encoded, Layout, Order, Proposal, Sampling, Session
+
+
+class Raster(Order):
+    """x1 … xn in storage order, causal. `prefix=True` gives the elements of a *context* item one order, so that they see each
+    other (prefix-LM: Parti's bidirectional prompt); items to be learned stay causal."""
+
+    def __init__(self, prefix: bool = False) -> None:
+        self.prefix = prefix
+
+    def layout(self, encoded: Encoded, *, context: bool, rng: torch.Generator) -> Layout:
+        count = len(encoded)
+        together = self.prefix and context
+        element = torch.arange(count)
+        target = element + 1
+        if together:
+            target = torch.where(target == count, target, -1)
+        return Layout(
+            element=element,
+            order=torch.zeros_like(element) if together else element,
+            position=coordinates(encoded.grid),
+            time=torch.zeros(count),
+            copy=torch.zeros_like(element),
+            target=target,
+            enters=not together,
+        )
+
+    def session(
+        self,
+        grid: tuple[int, ...],
+        sampling: Sampling,
+        rng: torch.Generator,
+        known: tuple[Tensor, Bool[Tensor, " N"]] | None = None,
+    ) -> Session:
+        return RasterSession(math.prod(grid), known)
+
+
+class RasterSession(Session):
+    """Element by element; given elements must be a prefix, and are accepted without being sampled."""
+
+    def __init__(self, count: int, known: tuple[Tensor, Tensor] | None) -> None:
+        self.count = count
+        self.drawn: list[Tensor] = []
+        if known is not None:
+            content, given = known
+            prefix = int(given.long().cumprod(0).sum())
+            if prefix != int(given.sum()):
+                raise ValueError(
+                    f"raster order can keep given elements only at the start: got {int(given.sum())} given elements, "
+                    f"{prefix} of them at the start; use the masked order to fill in between"
+                )
+            self.drawn = [content[i : i + 1] for i in range(prefix)]
+
+    def propose(self) -> Proposal | None:
+        if len(self.drawn) >= self.count:
+            return None
+        return Proposal(autoregressive=True, done=len(self.drawn) / self.count)
+
+    def accept(self, sample: Tensor, log_prob: Tensor | None) -> None:
+        self.drawn.append(sample)
+
+    def content(self) -> Tensor:
+        return torch.cat(self.drawn) if self.drawn else torch.zeros(0, dtype=torch.int64)

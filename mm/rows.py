@@ -1,0 +1,354 @@
+"""One row of the engine: its state machine {text, extents, item, done}, and what it feeds in each pass."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mm.grid import coordinates
+from mm.interfaces import Encoded, Layout, Proposal, Sampling, Session
+from mm.layout import Segment
+from mm.stream import Placed
+
+if TYPE_CHECKING:
+    from mm.generation import Request
+    from mm.model import MultimodalModel
+
+
+@dataclass(kw_only=True)
+class Feed:
+    """Positions that one row (or its unconditional twin) feeds in one pass."""
+
+    row: int
+    twin: bool
+    modality: list[int]
+    ids: list[int]
+    order: list[int]
+    position: list[tuple[float, float, float]]
+    copy: list[int] | None = None
+    time: Tensor | None = None
+    inject: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """Vectors and the places among this feed's positions where they stand."""
+    keep: bool = True
+    read: str | Tensor | None = None
+    """Hidden states the row samples from: `"last"`, indices, or none."""
+    reset: bool = False
+    """The twin starts anew."""
+
+    def slot(self, rows: int) -> int:
+        """Row of the cache: twins stand behind all rows."""
+        return self.row + rows if self.twin else self.row
+
+
+class Track:
+    """Where one sequence stands (next order, next coordinate) and what waits to be fed."""
+
+    def __init__(self, row: int, twin: bool) -> None:
+        self.row, self.twin = row, twin
+        self.order, self.cursor, self.length = 0, 0.0, 0
+        self.fresh = True
+        self._clear()
+
+    def _clear(self) -> None:
+        self.modality: list[int] = []
+        self.ids: list[int] = []
+        self.orders: list[int] = []
+        self.position: list[tuple[float, float, float]] = []
+        self.inject: dict[str, tuple[list[Tensor], list[int]]] = {}
+
+    def controls(self, ids: Sequence[int]) -> None:
+        for token in ids:
+            self._push(0, token, self.order, (self.cursor,) * 3)
+            self.order += 1
+            self.cursor += 1.0
+
+    def element(self, number: int, token: int, offset: int, coordinate: Sequence[float]) -> None:
+        """One element of an open item; `order` and `cursor` stay at the item's beginning until `leave`."""
+        c = self.cursor
+        self._push(number, token, self.order + offset, (c + coordinate[0], c + coordinate[1], c + coordinate[2]))
+
+    def leave(self, orders: int, extent: float) -> None:
+        self.order += orders
+        self.cursor += extent
+
+    def _push(self, number: int, token: int, order: int, position: tuple[float, float, float]) -> None:
+        self.modality.append(number)
+        self.ids.append(token)
+        self.orders.append(order)
+        self.position.append(position)
+        self.length += 1
+
+    def flush(self, read: str | None) -> Feed:
+        feed = Feed(
+            row=self.row,
+            twin=self.twin,
+            modality=self.modality,
+            ids=self.ids,
+            order=self.orders,
+            position=self.position,
+            inject={n: (torch.stack(v), torch.tensor(i)) for n, (v, i) in self.inject.items()},
+            read=read,
+            reset=self.twin and self.fresh,
+        )
+        self.fresh = False
+        self._clear()
+        return feed
+
+    def scratch(self, number: int, ids: list[int], layout: Layout, read: Tensor) -> Feed:
+        """Positions of an item under way, evaluated and not kept."""
+        count = len(ids)
+        places = torch.arange(count)
+        return Feed(
+            row=self.row,
+            twin=self.twin,
+            modality=[number] * count,
+            ids=ids,
+            order=(layout.order + self.order).tolist(),
+            copy=layout.copy.tolist(),
+            position=(layout.position + self.cursor).tolist(),
+            time=layout.time,
+            inject={name: (vectors, places) for name, vectors in layout.inject.items()},
+            keep=False,
+            read=read,
+        )
+
+
+class Row:
+    def __init__(self, model: MultimodalModel, number: int, request: Request) -> None:
+        self.model, self.number, self.request = model, number, request
+        self.vocabulary, self.grammar = model.vocabulary, model.grammar
+        self.generator = torch.Generator().manual_seed(request.seed)
+        self.main, self.twin = Track(number, False), None
+        self.segments: list[Segment] = []
+        self.text: list[int] = []
+        self.forced = list(request.items)
+        self.known = request.known
+        self.session: Session | None = None
+        self.proposal: Proposal | None = None
+        self.state = "text"
+        self.head, self.item = 0, 0
+        self.grid: tuple[int, ...] = ()
+        self._prompt()
+        forced = 0
+        for name, grid in self.forced:
+            self.vocabulary.opening(name, grid)  # refuses an impossible grid before anything runs
+            forced += self.grammar.overhead(name) + math.prod(grid)
+        limit = self.main.length + forced + (request.max_tokens if request.text else 0)
+        if self.main.length + forced + bool(request.text) > model.context:
+            raise ValueError(
+                f"the prompt takes {self.main.length} positions and what is asked for {forced + bool(request.text)}, but the "
+                f"context holds {model.context}; shorten the prompt"
+            )
+        self.limit = min(limit, model.context)
+        self.need = self.limit + 2  # a twin adds `bos null` to an item that fits the row
+        names = [name for name, _ in self.forced] + (self._openable_names() if request.free else [])
+        self.guided = any(self._sampling(name).guidance != 1.0 for name in names)
+        self._advance()
+
+    def _sampling(self, name: str) -> Sampling:
+        return self.request.by_modality.get(name, self.request.sampling)
+
+    def _prompt(self) -> None:
+        stream = self.model.build_document(self.request.prompt, torch.Generator().manual_seed(0), close=False)
+        if len(stream) > self.model.context:
+            raise ValueError(
+                f"the prompt takes {len(stream)} positions, but the context holds {self.model.context}; shorten the prompt"
+            )
+        if stream.codes or stream.latents:
+            raise ValueError("prompts with sub-codes or latents are not supported by this engine yet")
+        track = self.main
+        track.modality, track.ids = stream.modality.tolist(), stream.ids.tolist()
+        track.orders = stream.order.tolist()
+        track.position = [(a, b, c) for a, b, c in stream.position.tolist()]
+        for name, record in stream.inject.items():
+            track.inject[name] = (list(record.values), record.index.tolist())
+        track.length = len(stream)
+        track.order, track.cursor = max(track.orders) + 1, float(stream.position.max()) + 1.0
+
+    # --- the state machine --------------------------------------------------------------------------------------------
+
+    def _advance(self) -> None:
+        """Take every step that needs no model: forced openings, forced ends, the next state."""
+        if self.session is not None:
+            self.proposal = self.session.propose()
+            if self.proposal is not None:
+                return
+            self._close()
+        if self.forced:
+            name, self.grid = self.forced.pop(0)
+            self._open(name)
+            self._extents(self.vocabulary.opening(name, self.grid)[1:])
+            self._begin_session()
+        elif not self.request.text:
+            self.state = "done"
+        else:
+            self.state, self.head = "text", 0
+            if self.limit - self.main.length < 1:
+                self._finish()
+
+    def _open(self, name: str) -> None:
+        self._end_text()
+        self.item = self.vocabulary.index[name]
+        self.main.controls([self.vocabulary.begin(name)])
+        if self._sampling(name).guidance != 1.0:
+            self.twin = Track(self.number, True)
+            self.twin.controls([self.vocabulary.control("bos"), self.vocabulary.control("null")])
+            self.twin.controls([self.vocabulary.begin(name)])
+
+    def _extents(self, ids: Sequence[int]) -> None:
+        for track in self._tracks():
+            track.controls(ids)
+
+    def _begin_session(self) -> None:
+        modality = self.model.modalities[self.item]
+        known, self.known = self.known, None
+        self.session = modality.order.session(self.grid, self._sampling(modality.name), self.generator, known)
+        self.places = coordinates(self.grid).tolist()
+        self.state, self.head, self.fed = "item", self.item, 0
+        self.proposal = self.session.propose()
+        if self.proposal is None:
+            self._advance()
+            return
+        if self.proposal.autoregressive:
+            for token in self.session.content().tolist():
+                self._feed_element(token)
+
+    def _feed_element(self, token: int) -> None:
+        start = self.vocabulary.entries[self.item].start
+        for track in self._tracks():
+            track.element(self.item, start + token, self.fed, self.places[self.fed])
+        self.fed += 1
+
+    def _close(self) -> None:
+        """The item is complete: keep it clean in the cache, end it, drop the twin."""
+        assert self.session is not None
+        modality, content = self.model.modalities[self.item], self.session.content()
+        self.twin = None
+        encoded = Encoded(grid=self.grid, ids=content, micro=getattr(modality.order, "micro", ()))
+        self.segments.append(Segment(modality.name, encoded))
+        orders = self.fed
+        if not self.fed:
+            layout = modality.order.layout(encoded, context=True, rng=self.generator)
+            for token, offset, place in zip(
+                content[layout.element].tolist(), layout.order.tolist(), layout.position.tolist(), strict=True
+            ):
+                self.main.element(self.item, self.vocabulary.entries[self.item].start + token, offset, place)
+            first = len(self.main.ids) - len(layout.element)
+            for name, vectors in layout.inject.items():
+                values, index = self.main.inject.setdefault(name, ([], []))
+                values.extend(vectors)
+                index.extend(range(first, len(self.main.ids)))
+            orders = int(layout.order.max()) + 1
+        self.main.leave(orders, max(max(place) for place in self.places) + 1.0)
+        self.main.controls([self.vocabulary.end(modality.name)])
+        self.session = self.proposal = None
+
+    def _end_text(self) -> None:
+        if self.text:
+            ids = torch.tensor(self.text)
+            self.segments.append(Segment(self.vocabulary.host.name, Encoded(grid=(len(ids),), ids=ids)))
+            self.text = []
+
+    def _finish(self) -> None:
+        self._end_text()
+        self.state = "done"
+
+    @property
+    def scale(self) -> float:
+        """Guidance scale of the current step."""
+        if self.twin is None or self.proposal is None:
+            return 1.0
+        return self._sampling(self.model.modalities[self.item].name).scale(self.proposal.done)
+
+    # --- what the engine asks -----------------------------------------------------------------------------------------
+
+    def _tracks(self) -> list[Track]:
+        return [self.main] if self.twin is None else [self.main, self.twin]
+
+    def feeds(self) -> list[Feed]:
+        if self.state == "done":
+            return []
+        proposal = self.proposal
+        if proposal is None or proposal.autoregressive:
+            return [track.flush("last") for track in self._tracks()]
+        if self.main.ids:  # context first; the item under way is evaluated in the next pass
+            return [track.flush(None) for track in self._tracks()]
+        layout, content = proposal.layout, proposal.content
+        assert layout is not None and content is not None
+        ids = (content[layout.element] + self.vocabulary.entries[self.item].start).tolist()
+        read = (layout.target >= 0).nonzero()[:, 0]
+        return [track.scratch(self.item, ids, layout, read) for track in self._tracks()]
+
+    def sampling(self, head: int) -> Sampling:
+        return self._sampling(self.model.modalities[head].name)
+
+    def bias(self) -> Tensor | None:
+        """The grammar's bias on the head's logits, or None where every id is allowed."""
+        room = self.limit - self.main.length
+        if self.state == "text":
+            openable = tuple(n for n in self._openable_names() if room >= self.grammar.overhead(n) + 2)
+            return self.grammar.text(openable if self.request.free else (), room > 1).to(self.model.device)
+        if self.state == "extent":
+            name = self.vocabulary.entries[self.item].name
+            inside = room - self.grammar.overhead(name) + 1 + len(self.grid)
+            return self.grammar.extent(self.grammar.largest(name, self.grid, inside)).to(self.model.device)
+        return None
+
+    def _openable_names(self) -> list[str]:
+        return [entry.name for entry in self.vocabulary.entries[1:] if entry.max_grid]
+
+    def accept(self, tokens: Tensor, log_prob: Tensor | None) -> None:
+        """What the head drew for this row."""
+        if self.state == "text":
+            self._accept_text(int(tokens[0]))
+        elif self.state == "extent":
+            self.grid = (*self.grid, int(tokens[0]) - self.vocabulary.extent(1) + 1)
+            self._extents([int(tokens[0])])
+            if len(self.grid) == len(self.vocabulary.entries[self.item].max_grid):
+                self._begin_session()
+        else:
+            assert self.session is not None
+            self.session.accept(tokens, log_prob)
+            if self.proposal is not None and self.proposal.autoregressive:
+                self._feed_element(int(tokens[0]))
+            self._advance()
+
+    def _accept_text(self, token: int) -> None:
+        if token < self.vocabulary.host.size:
+            self.text.append(token)
+            self.main.controls([token])
+            if self.limit - self.main.length < 1:
+                self._finish()
+        elif token == self.vocabulary.control("eos"):
+            self._finish()
+        else:
+            name = next(n for n in self._openable_names() if self.vocabulary.begin(n) == token)
+            self._open(name)
+            self.grid, self.state, self.head = (), "extent", 0
+
+    def event(self) -> tuple[str, Tensor, float] | None:
+        """(modality, content so far, fraction done) for a progress callback."""
+        if self.session is not None and self.proposal is not None:
+            name = self.model.modalities[self.item].name
+            return name, self.session.content(), self.proposal.done
+        if self.state == "text" and self.text:
+            return self.vocabulary.host.name, torch.tensor(self.text), len(self.text) / max(1, self.request.max_tokens)
+        return None
+
+    @staticmethod
+    def gather_inject(feeds: Sequence[Feed], lengths: Sequence[int]) -> dict[str, Placed]:
+        """Injected vectors of all feeds of a pass, at their places in the packed stream."""
+        gathered: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
+        base = 0
+        for feed, length in zip(feeds, lengths, strict=True):
+            for name, (vectors, index) in feed.inject.items():
+                values, places = gathered.setdefault(name, ([], []))
+                values.append(vectors)
+                places.append(index + base)
+            base += length
+        return {n: Placed(values=torch.cat(v), index=torch.cat(i)) for n, (v, i) in gathered.items()}

@@ -1,0 +1,167 @@
+"""Training of the model: a LightningModule around `MultimodalModel`, its optimizer, schedule and sample grids."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mm.backbone import BackboneConfig
+from mm.interfaces import Modality, Sampling
+from mm.layout import Segment
+from mm.model import MultimodalModel
+from mm.stream import TokenStream
+
+
+def warmup_cosine(step: int, *, warmup: int, total: int, floor: float) -> float:
+    """Factor of the learning rate: linear from 0 over `warmup` steps, then a cosine from 1 to `floor` at `total`."""
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def optimizer_and_schedule(
+    parameters: list[torch.nn.Parameter],
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+    warmup: int,
+    total: int,
+    floor: float,
+) -> dict[str, Any]:
+    """AdamW (decay on matrices only) with warm-up and cosine, as Lightning's `configure_optimizers` returns it."""
+    trained = [p for p in parameters if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, fused=True)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: warmup_cosine(step, warmup=warmup, total=total, floor=floor)
+    )
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+class ModelTraining(pl.LightningModule):
+    """Trains the model of a configuration on packed token streams.
+
+    Args:
+        backbone: size and shape of the backbone.
+        modalities: the modalities, host (text) first; lists of several YAML files append with `modalities+:`.
+        context: positions a document may have.
+        lr, betas, weight_decay, warmup_steps, lr_floor: AdamW, linear warm-up, then cosine to lr_floor·lr at the trainer's
+            last step.
+        initial: a checkpoint directory of this project whose weights training starts from.
+        sample_prompts: captions whose pictures are generated and logged at every validation.
+    """
+
+    def __init__(
+        self,
+        backbone: BackboneConfig,
+        modalities: list[Modality],
+        context: int = 1024,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        weight_decay: float = 0.05,
+        warmup_steps: int = 100,
+        lr_floor: float = 0.05,
+        initial: str | None = None,
+        sample_prompts: list[str] | None = None,
+        sample_guidance: float = 3.0,
+    ) -> None:
+        super().__init__()
+        self.model = MultimodalModel(backbone, modalities, context)
+        self.lr, self.betas, self.weight_decay = lr, betas, weight_decay
+        self.warmup_steps, self.lr_floor = warmup_steps, lr_floor
+        self.sample_prompts = sample_prompts or []
+        self.sample_guidance = sample_guidance
+        for modality in modalities:  # tokenizers with weights are part of the data path, not of what is trained
+            if isinstance(modality.tokenizer, torch.nn.Module):
+                modality.tokenizer.eval().requires_grad_(False)
+        if initial is not None:
+            from mm.hub import load_weights
+
+            load_weights(self.model, initial)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        return optimizer_and_schedule(
+            list(self.model.parameters()),
+            lr=self.lr,
+            betas=self.betas,
+            weight_decay=self.weight_decay,
+            warmup=self.warmup_steps,
+            total=int(self.trainer.estimated_stepping_batches),
+            floor=self.lr_floor,
+        )
+
+    def training_step(self, batch: TokenStream, batch_idx: int) -> Tensor:
+        return self._step(batch, "train")
+
+    def validation_step(self, batch: TokenStream, batch_idx: int) -> Tensor:
+        return self._step(batch, "val")
+
+    def test_step(self, batch: TokenStream, batch_idx: int) -> Tensor:
+        return self._step(batch, "test")
+
+    def _step(self, batch: TokenStream, stage: str) -> Tensor:
+        report = self.model.loss(batch, self._global_counts(batch) if self.trainer.world_size > 1 else None)
+        size = batch.num_documents
+        self.log(f"{stage}/loss", report.total, prog_bar=True, batch_size=size, sync_dist=stage != "train")
+        for name, value in report.raw.items():
+            self.log(f"{stage}/{name}", value, prog_bar=True, batch_size=size, sync_dist=stage != "train")
+            self.log(f"{stage}/{name}_weighted", report.weighted[name], batch_size=size, sync_dist=stage != "train")
+        if stage == "train":
+            self.log("train/positions", float(len(batch)), batch_size=size)
+        return report.total
+
+    def _global_counts(self, batch: TokenStream) -> dict[str, Tensor]:
+        """Predicted positions by modality, averaged over ranks: gradients are averaged too, so the mean is global."""
+        owner = batch.modality[batch.target[batch.target >= 0]]
+        counts = torch.bincount(owner, minlength=len(self.model.modalities)).float()
+        dist.all_reduce(counts)
+        counts = (counts / self.trainer.world_size).clamp(min=1)
+        return {m.name: counts[n] for n, m in enumerate(self.model.modalities)}
+
+    def on_validation_end(self) -> None:
+        if self.sample_prompts and self.trainer.is_global_zero and not self.trainer.sanity_checking:
+            self.log_samples()
+
+    def log_samples(self) -> None:
+        """Pictures for `sample_prompts`, as a grid in TensorBoard and as a PNG beside the logs."""
+        from mm.generation import Engine, Request
+        from mm.pictures import grid
+
+        model = self.model
+        host, image = model.vocabulary.host.name, next(e for e in model.vocabulary.entries if len(e.max_grid) == 2)
+        requests = [
+            Request(
+                prompt=[Segment(host, prompt, loss=False)],
+                items=[(image.name, image.max_grid)],
+                text=False,
+                sampling=Sampling(guidance=self.sample_guidance),
+                seed=number,
+            )
+            for number, prompt in enumerate(self.sample_prompts)
+        ]
+        tokenizer = model.modalities[model.vocabulary.index[image.name]].tokenizer
+        made = [segments[-1].content for segments in Engine(model).generate(requests)]
+        sheet = grid([decoded.value for decoded in tokenizer.decode_batch(made)])
+        folder = self.trainer.log_dir
+        if folder is not None:
+            from pathlib import Path
+
+            path = Path(folder) / "samples" / f"step-{self.global_step:06d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            sheet.save(path)
+        for logger in self.loggers:
+            experiment = getattr(logger, "experiment", None)
+            if hasattr(experiment, "add_image"):
+                import numpy as np
+
+                experiment.add_image("samples", np.asarray(sheet), self.global_step, dataformats="HWC")
