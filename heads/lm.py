@@ -35,7 +35,8 @@ class LMHead(Head):
             raise ValueError("the host modality must be discrete: its head also predicts the control tokens")
         self.num_codes = spec.num_codes if spec.kind == "codes" else 1
         self.vocab = spec.vocab_size + controls
-        self.weight = nn.Parameter(torch.empty(self.num_codes * self.vocab, width))
+        # stored column by column, as `mm.backbone.wide_linear` explains
+        self.weight = nn.Parameter(torch.empty(width, self.num_codes * self.vocab).t())
         nn.init.normal_(self.weight, std=0.02)
         self.bias = nn.Parameter(torch.zeros(self.num_codes * self.vocab)) if self.use_bias else None
 

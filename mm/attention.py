@@ -10,7 +10,7 @@ the backbone can be given; both are callables `(layer, q, k, v) -> out`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from torch import Tensor
 from mm.stream import TokenStream
 
 
+@runtime_checkable
 class AttentionPlan(Protocol):
     """Who sees whom, ready to run. Called once a layer."""
 
@@ -106,6 +107,8 @@ class Packed:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self.bias is not None:
+            if isinstance(self.bias, Tensor) and self.bias.dtype != q.dtype:
+                self.bias = dense_bias(self.bias == 0, q.dtype)  # once: every layer has the same dtype
             return xformers_attention(q, k, v, self.bias)
         # `split` and not slices: its backward is one concatenation instead of a zero-filled tensor a run
         parts = zip(self.runs, self.masks, q.split(self.sizes), k.split(self.sizes), v.split(self.sizes), strict=True)
@@ -116,7 +119,7 @@ class Packed:
 def _sdpa(run: Run, mask: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = (x.view(run.count, run.length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
     out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=run.kind == "causal" and run.length > 1, enable_gqa=q.shape[1] != k.shape[1]
+        q, k, v, attn_mask=mask, is_causal=run.kind == "causal", enable_gqa=q.shape[1] != k.shape[1]
     )
     return out.transpose(1, 2).reshape(run.count * run.length, out.shape[1], out.shape[3])
 
@@ -128,32 +131,35 @@ def xformers_bias(stream: TokenStream):  # noqa: ANN201 (an xformers type, impor
     """The xformers bias of a stream: block-diagonal causal for packed causal documents, else a dense additive bias."""
     from xformers.ops.fmha import attn_bias as biases
 
-    kinds = {run.kind for run in runs(stream)}
-    if kinds == {"causal"}:
-        return biases.BlockDiagonalCausalMask.from_seqlens(stream.lengths)
+    kinds = {run.kind for run in runs(stream) if run.length > 1}  # a document of one position is causal and full
+    if kinds <= {"causal"}:
+        return biases.BlockDiagonalCausalMask.from_seqlens(stream.lengths, device=stream.device)
     if kinds == {"full"}:
-        return biases.BlockDiagonalMask.from_seqlens(stream.lengths)
+        return biases.BlockDiagonalMask.from_seqlens(stream.lengths, device=stream.device)
     return dense_bias(dense(stream))
 
 
-def dense_bias(mask: Bool[Tensor, "Q S"]) -> Float[Tensor, "Q S"]:
-    """Additive bias over storage whose rows are padded to a multiple of 8, as the xformers kernels ask."""
+def dense_bias(mask: Bool[Tensor, "Q S"], dtype: torch.dtype = torch.float32) -> Float[Tensor, "Q S"]:
+    """Additive bias over storage whose rows are padded to a multiple of 8, as the xformers kernels ask. Make it in the
+    dtype of the queries: a later `.to` would lose the padding."""
     rows, columns = mask.shape
-    padded = torch.full((rows, -(-columns // 8) * 8), float("-inf"), device=mask.device)
+    padded = torch.full((rows, -(-columns // 8) * 8), float("-inf"), dtype=dtype, device=mask.device)
     bias = padded[:, :columns]
     bias.masked_fill_(mask, 0.0)
     return bias
 
 
 def xformers_attention(q: Tensor, k: Tensor, v: Tensor, bias) -> Tensor:  # noqa: ANN001
-    """xformers fused attention over packed positions, grouped-query heads by broadcasting."""
+    """xformers fused attention over packed positions. Grouped-query heads are broadcast where the kernels can do it:
+    without a dense bias, and forward only."""
     from xformers.ops import memory_efficient_attention
 
     heads, groups = q.shape[1], k.shape[1]
-    if isinstance(bias, Tensor):
-        expanded = bias.to(q.dtype).expand(1, heads, *bias.shape)
+    if heads != groups and (isinstance(bias, Tensor) or q.requires_grad or k.requires_grad or v.requires_grad):
         k, v = (x.repeat_interleave(heads // groups, dim=1) for x in (k, v))
-        return memory_efficient_attention(q[None], k[None], v[None], attn_bias=expanded)[0]
+        groups = heads
+    if isinstance(bias, Tensor):
+        bias = bias.expand(1, heads, *bias.shape)
     if heads != groups:
         q = q.unflatten(1, (groups, heads // groups))
         k, v = (x[:, :, None].expand(-1, -1, heads // groups, -1) for x in (k, v))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -76,6 +77,8 @@ class _Group:
     keys: int
     kind: str
     mask: Tensor | None
+    bias: Any = None
+    """What xformers wants instead of the mask: a block-diagonal bias, or dense ones (None = all keys), one a row."""
 
 
 class Cached:
@@ -118,7 +121,18 @@ class Cached:
             mask = (torch.arange(keys) < ends[..., None])[:, None].to(device)
         elif kind == "causal" and count > 1 and starts[0]:
             mask = (torch.arange(keys) <= starts[0] + torch.arange(count)[:, None])[None, None].to(device)
-        return _Group(queries, members[0][0].row, len(members), count, keys, kind, mask)
+        bias = self._xformers(starts, count, keys, kind, mask) if device.type == "cuda" else None
+        return _Group(queries, members[0][0].row, len(members), count, keys, kind, mask, bias)
+
+    def _xformers(self, starts: list[int], count: int, keys: int, kind: str, mask: Tensor | None) -> Any:
+        """Made once a pass, not once a layer."""
+        dtype = self.cache.keys.dtype
+        if kind == "masked":
+            assert mask is not None
+            return [dense_bias(own[0], dtype) for own in mask]
+        if kind == "full" and count > 1 and dtype == torch.float32:
+            return [None] * len(starts)  # no float32 kernel knows padded keys without causality
+        return padded_bias(starts, count, self.cache.capacity, kind, self.cache.keys.device)
 
     def _rule(self, chunk: Chunk, start: int, keys: int) -> Tensor:
         order = torch.tensor(list(chunk.order))
@@ -145,30 +159,34 @@ class Cached:
             k,
             v,
             attn_mask=group.mask,
-            is_causal=group.kind == "causal" and group.count > 1 and group.mask is None,
+            is_causal=group.kind == "causal" and group.mask is None,
             enable_gqa=k.shape[1] != q.shape[1],
         )
         return out.transpose(1, 2).reshape(q.shape)
 
     def _cuda(self, group: _Group, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        from xformers.ops.fmha import attn_bias as biases
-
         rows = slice(group.row, group.row + group.rows)
-        if group.kind == "masked":
+        if isinstance(group.bias, list):
             # rows one by one: a dense bias belongs to one row, and such passes are few
-            assert group.mask is not None
             outs = []
-            for n, part in enumerate(q.split(group.count)):
-                k, v = (x[group.row + n, : group.keys] for x in (keys, values))
-                outs.append(xformers_attention(part, k, v, dense_bias(group.mask[n, 0])))
+            for row, bias, part in zip(range(rows.start, rows.stop), group.bias, q.split(group.count), strict=True):
+                end = group.keys if bias is not None else self.cache.lengths[row] + group.count
+                outs.append(xformers_attention(part, keys[row, :end], values[row, :end], bias))
             return torch.cat(outs)
-        padded = biases.BlockDiagonalCausalWithOffsetPaddedKeysMask
-        if group.kind == "full":
-            padded = biases.BlockDiagonalPaddedKeysMask
-        lengths = [self.cache.lengths[row] + group.count for row in range(rows.start, rows.stop)]
-        bias = padded.from_seqlens([group.count] * group.rows, self.cache.capacity, lengths)
         k, v = (x[rows].flatten(0, 1) for x in (keys, values))
-        return xformers_attention(q, k, v, bias)
+        return xformers_attention(q, k, v, group.bias)
+
+
+def padded_bias(starts: Sequence[int], count: int, capacity: int, kind: str, device: torch.device) -> Any:
+    """The xformers bias of neighbouring cache rows that hold `starts` positions each and are fed `count` more. A single
+    query sees every key whether causal or not, and the causal bias is the one that all kernels know."""
+    from xformers.ops.fmha import attn_bias as biases
+
+    padded = biases.BlockDiagonalCausalWithOffsetPaddedKeysMask
+    if kind == "full" and count > 1:
+        padded = biases.BlockDiagonalPaddedKeysMask
+    lengths = [start + count for start in starts]
+    return padded.from_seqlens([count] * len(starts), capacity, lengths, device=device)
 
 
 def _kind(chunk: Chunk, start: int) -> str:

@@ -9,12 +9,13 @@ the item and dropped at its end. Each row has its own random generator, so a see
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from mm.cache import Chunk, KVCache
+from mm.decoding import SingleStep
 from mm.interfaces import Draw, Encoded, Sampling
 from mm.layout import NULL, Segment
 from mm.model import MultimodalModel
@@ -61,7 +62,6 @@ class Engine:
     def __init__(self, model: MultimodalModel) -> None:
         self.model = model
 
-    @torch.inference_mode()
     def generate(
         self, requests: Sequence[Request], on_step: Callable[[Event], None] | None = None
     ) -> list[list[Segment]]:
@@ -72,9 +72,12 @@ class Engine:
         training = model.training
         model.eval()
         try:
-            return self._run(requests, on_step)
+            with torch.inference_mode():
+                made = self._run(requests, on_step)
         finally:
             model.train(training)
+        # copies made outside inference mode are ordinary tensors, which training may use
+        return [[replace(s, content=replace(s.content, ids=s.content.ids.clone())) for s in row] for row in made]
 
     def _run(self, requests: Sequence[Request], on_step: Callable[[Event], None] | None) -> list[list[Segment]]:
         model, count = self.model, len(requests)
@@ -84,6 +87,7 @@ class Engine:
         cache = KVCache(
             model.backbone.config, count * (2 if guided else 1), capacity, model.device, model.embedding.weight.dtype
         )
+        step = SingleStep(model.backbone, cache) if SingleStep.fits(model.backbone) else None
         while True:
             feeds = [feed for row in rows for feed in row.feeds()]
             if not feeds:
@@ -92,7 +96,7 @@ class Engine:
                 if feed.reset:
                     cache.reset(feed.slot(count))
             feeds.sort(key=lambda f: f.slot(count))
-            hidden = self._forward(feeds, cache, count)
+            hidden = self._forward(feeds, cache, count, step)
             self._sample(rows, feeds, hidden)
             if on_step is not None:
                 for row in rows:
@@ -100,10 +104,14 @@ class Engine:
                     if event is not None:
                         on_step(Event(row.number, *event))
 
-    def _forward(self, feeds: list[Feed], cache: KVCache, count: int) -> Tensor:
+    def _forward(self, feeds: list[Feed], cache: KVCache, count: int, step: SingleStep | None) -> Tensor:
         chunks = [Chunk(feed.slot(count), feed.order, feed.copy, feed.keep) for feed in feeds]
-        stream = assemble(feeds, self.model.device)
-        hidden = self.model(stream, cache.plan(chunks))
+        neighbours = chunks[-1].row - chunks[0].row == len(chunks) - 1
+        if step is not None and neighbours and all(feed.plain for feed in feeds):
+            x = self.model.embedding(torch.tensor([feed.ids[0] for feed in feeds]))
+            hidden = step(x, torch.tensor([feed.position[0] for feed in feeds]), chunks[0].row)
+        else:
+            hidden = self.model(assemble(feeds, self.model.device), cache.plan(chunks))
         cache.commit(chunks)
         return hidden
 

@@ -21,6 +21,9 @@ class Grammar:
         self.text = lru_cache(maxsize=256)(self._text)
         self.extent = lru_cache(maxsize=SIZES)(self._extent)
 
+    def __reduce__(self) -> tuple[type[Grammar], tuple[Vocabulary]]:
+        return Grammar, (self.vocabulary,)  # the caches cannot be pickled, and are quickly made again
+
     def _text(self, openable: tuple[str, ...], more: bool) -> Float[Tensor, " V"]:
         """Text ids if there is room for `more`, `eos` always, and the begin of each openable modality."""
         bias = torch.full((self.size,), float("-inf"))

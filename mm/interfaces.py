@@ -7,9 +7,10 @@ Letters in shapes: N content elements of one item, K sub-codes, D latent width, 
 from __future__ import annotations
 
 import abc
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -85,7 +86,34 @@ class Decoded:
     reason: str = ""
 
 
-class ModalityTokenizer(abc.ABC):
+class Configured:
+    """Remembers the arguments it was constructed with, so that a checkpoint can write them down (`mm.hub`)."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        if cls.__init__ is object.__init__ and (args or kwargs):  # Python lets it pass where only __new__ is defined
+            raise TypeError(f"{cls.__name__}() takes no arguments")
+        self = super().__new__(cls)
+        object.__setattr__(self, "_arguments", (args, kwargs))  # an nn.Module can't take attributes before its __init__
+        return self
+
+    def arguments(self) -> dict[str, Any]:
+        """The constructor's arguments by name, defaults too (they may change in a later version). Raises `ValueError`
+        where one has no name (`*args`)."""
+        args, kwargs = self.__dict__["_arguments"]
+        bound = inspect.signature(type(self).__init__).bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        out: dict[str, Any] = {}
+        for parameter in list(bound.signature.parameters.values())[1:]:
+            value = bound.arguments[parameter.name]
+            if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+                if value:
+                    raise ValueError(f"{type(self).__name__} got unnamed arguments, which a checkpoint can't hold; name them")
+                continue
+            out.update(value if parameter.kind is inspect.Parameter.VAR_KEYWORD else {parameter.name: value})
+        return out
+
+
+class ModalityTokenizer(Configured, abc.ABC):
     """Raw data ↔ tokens. May also be an `nn.Module` (then it has weights, and `to`, `eval` apply)."""
 
     @property
@@ -171,7 +199,7 @@ class Sampling:
         return self.guidance
 
 
-class Order(abc.ABC):
+class Order(Configured, abc.ABC):
     """When each element of an item is generated. Training layout and generation plan live in one class."""
 
     default_steps: int = 0
@@ -239,7 +267,7 @@ class Draw:
     """Added to the logits: −inf where the grammar forbids an id."""
 
 
-class Head(nn.Module, abc.ABC):
+class Head(Configured, nn.Module, abc.ABC):
     """Hidden states → tokens of one modality. Constructed from hyper-parameters; `build` makes the weights."""
 
     @abc.abstractmethod

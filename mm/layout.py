@@ -108,6 +108,9 @@ class _Draft:
         entry, held = self.vocabulary.entries[number], content[layout.element]
         ids = torch.full((count,), -1)
         if entry.kind == "discrete":
+            low, high = (int(x) for x in content.aminmax())
+            if low < 0 or high >= entry.size:
+                raise ValueError(f"{entry.name}: ids span {low}..{high}, but its tokenizer has 0..{entry.size - 1}")
             ids = held.long() + entry.start
         else:
             kind = "codes" if entry.kind == "codes" else "latents"

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mm.attention import AttentionPlan, Packed
-from mm.backbone import Backbone, BackboneConfig
+from mm.backbone import Backbone, BackboneConfig, Float32Buffers
 from mm.grammar import Grammar
 from mm.interfaces import Modality
 from mm.layout import DocumentBuilder
@@ -63,7 +63,14 @@ class MultimodalModel(nn.Module):
             elif spec.kind == "continuous":
                 raise ValueError(f"{modality.name}: continuous tokenizers are not supported by this version of the model")
             for name, features in getattr(modality.order, "conditions", {}).items():
-                self.inject[name] = Conditions(features, width)
+                known = self.inject[name].features if name in self.inject else features
+                if known != features:
+                    raise ValueError(
+                        f"{modality.name}: its order conditions on {features} facts as {name!r}, the other on {known}; "
+                        "give both orders the same number of micro-conditions"
+                    )
+                if name not in self.inject:
+                    self.inject[name] = Conditions(features, width)
         for table in (self.embedding, self.mask, *self.code_embeddings.values()):
             nn.init.normal_(table.weight, std=0.02)
 
@@ -136,14 +143,15 @@ class MultimodalModel(nn.Module):
         return record.values[where[places]]
 
 
-class Conditions(nn.Module):
+class Conditions(Float32Buffers):
     """Scalar facts (mask rate, size, score) → width: sinusoids of each, then a two-layer network. The last layer starts at zero,
     so that a condition added to a trained model changes nothing at first."""
 
     def __init__(self, features: int, width: int, bands: int = 32) -> None:
         super().__init__()
+        self.features = features
         self.up, self.down = nn.Linear(2 * bands * features, width), nn.Linear(width, width)
-        self.register_buffer("frequency", torch.logspace(0, 3, bands), persistent=False)
+        self.register_buffer("frequency", torch.logspace(0, 3, bands, dtype=torch.float32), persistent=False)
         self.frequency: Tensor
         nn.init.zeros_(self.down.weight)
         nn.init.zeros_(self.down.bias)

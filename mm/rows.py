@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -39,6 +39,11 @@ class Feed:
     """Hidden states the row samples from: `"last"`, indices, or none."""
     reset: bool = False
     """The twin starts anew."""
+
+    @property
+    def plain(self) -> bool:
+        """One position to be kept, and nothing beside its token."""
+        return len(self.ids) == 1 and self.keep and not self.inject and self.copy is None and self.time is None
 
     def slot(self, rows: int) -> int:
         """Row of the cache: twins stand behind all rows."""
@@ -131,13 +136,16 @@ class Row:
         self.session: Session | None = None
         self.proposal: Proposal | None = None
         self.state = "text"
+        self.news: tuple[str, Tensor, float] | None = None
         self.head, self.item = 0, 0
         self.grid: tuple[int, ...] = ()
         self._prompt()
         forced = 0
         for name, grid in self.forced:
-            self.vocabulary.opening(name, grid)  # refuses an impossible grid before anything runs
+            self._check_item(name, grid)
             forced += self.grammar.overhead(name) + math.prod(grid)
+        if self.known is not None:
+            self._check_known(self.known[0])
         limit = self.main.length + forced + (request.max_tokens if request.text else 0)
         if self.main.length + forced + bool(request.text) > model.context:
             raise ValueError(
@@ -153,8 +161,26 @@ class Row:
     def _sampling(self, name: str) -> Sampling:
         return self.request.by_modality.get(name, self.request.sampling)
 
+    def _check_item(self, name: str, grid: tuple[int, ...]) -> None:
+        """Refuse what cannot be generated before anything runs."""
+        entry = self.vocabulary[name]
+        if entry is self.vocabulary.host:
+            raise ValueError(f"{name} is written as text, not opened as an item; leave it out of `items`")
+        if entry.kind != "discrete":
+            raise ValueError(f"this engine does not generate {entry.kind} items yet, got {name}")
+        self.vocabulary.opening(name, grid)
+
+    def _check_known(self, content: Tensor) -> None:
+        if not self.forced:
+            raise ValueError("`known` gives elements of the first of `items`, but `items` is empty; name item and grid")
+        entry = self.vocabulary[self.forced[0][0]]
+        low, high = (int(x) for x in content.aminmax()) if len(content) else (0, 0)
+        if low < 0 or high >= entry.size:
+            raise ValueError(f"`known` holds ids {low}..{high}; those of {entry.name} are 0..{entry.size - 1}")
+
     def _prompt(self) -> None:
-        stream = self.model.build_document(self.request.prompt, torch.Generator().manual_seed(0), close=False)
+        given = [replace(segment, loss=False) for segment in self.request.prompt]  # clean, whatever the default
+        stream = self.model.build_document(given, torch.Generator().manual_seed(0), close=False)
         if len(stream) > self.model.context:
             raise ValueError(
                 f"the prompt takes {len(stream)} positions, but the context holds {self.model.context}; shorten the prompt"
@@ -300,7 +326,7 @@ class Row:
         return None
 
     def _openable_names(self) -> list[str]:
-        return [entry.name for entry in self.vocabulary.entries[1:] if entry.max_grid]
+        return [entry.name for entry in self.vocabulary.entries[1:] if entry.max_grid and entry.kind == "discrete"]
 
     def accept(self, tokens: Tensor, log_prob: Tensor | None) -> None:
         """What the head drew for this row."""
@@ -313,15 +339,20 @@ class Row:
                 self._begin_session()
         else:
             assert self.session is not None
-            self.session.accept(tokens, log_prob)
+            session, name = self.session, self.vocabulary.entries[self.item].name
+            session.accept(tokens, log_prob)
             if self.proposal is not None and self.proposal.autoregressive:
                 self._feed_element(int(tokens[0]))
             self._advance()
+            done = self.proposal.done if self.session is session and self.proposal is not None else 1.0
+            self.news = (name, session.content(), done)
 
     def _accept_text(self, token: int) -> None:
         if token < self.vocabulary.host.size:
             self.text.append(token)
             self.main.controls([token])
+            done = len(self.text) / max(1, self.request.max_tokens)
+            self.news = (self.vocabulary.host.name, torch.tensor(self.text), done)
             if self.limit - self.main.length < 1:
                 self._finish()
         elif token == self.vocabulary.control("eos"):
@@ -332,13 +363,9 @@ class Row:
             self.grid, self.state, self.head = (), "extent", 0
 
     def event(self) -> tuple[str, Tensor, float] | None:
-        """(modality, content so far, fraction done) for a progress callback."""
-        if self.session is not None and self.proposal is not None:
-            name = self.model.modalities[self.item].name
-            return name, self.session.content(), self.proposal.done
-        if self.state == "text" and self.text:
-            return self.vocabulary.host.name, torch.tensor(self.text), len(self.text) / max(1, self.request.max_tokens)
-        return None
+        """(modality, content so far, fraction done) of what the last pass drew, once, for a progress callback."""
+        news, self.news = self.news, None
+        return news
 
     @staticmethod
     def gather_inject(feeds: Sequence[Feed], lengths: Sequence[int]) -> dict[str, Placed]:

@@ -132,7 +132,9 @@ class TokenStream:
         return self
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> TokenStream:
-        return self._map(lambda x: x.to(device, non_blocking=non_blocking))
+        # towards the CPU an asynchronous copy may be read before it has arrived
+        wait = torch.device(device).type == "cpu"
+        return self._map(lambda x: x.to(device, non_blocking=non_blocking and not wait))
 
     def pin_memory(self) -> TokenStream:
         return self._map(lambda x: x.pin_memory())

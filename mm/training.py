@@ -135,7 +135,7 @@ class ModelTraining(pl.LightningModule):
     def log_samples(self) -> None:
         """Pictures for `sample_prompts`, as a grid in TensorBoard and as a PNG beside the logs."""
         from mm.generation import Engine, Request
-        from mm.pictures import grid
+        from mm.sheet import grid
 
         model = self.model
         host, image = model.vocabulary.host.name, next(e for e in model.vocabulary.entries if len(e.max_grid) == 2)

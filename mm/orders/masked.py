@@ -101,9 +101,12 @@ class MaskedSession(Session):
         self.hidden = torch.ones(self.count, dtype=torch.bool)
         if known is not None:
             content, given = known
-            if len(given) != self.count:
-                raise ValueError(f"given elements cover {len(given)} places, but the grid {grid} has {self.count}")
+            if len(given) != self.count or len(content) != self.count:
+                raise ValueError(
+                    f"given elements cover {len(content)} and {len(given)} places, but the grid {grid} has {self.count}"
+                )
             self.values, self.hidden = content.clone(), ~given
+        self.unknown = int(self.hidden.sum())
 
     def propose(self) -> Proposal | None:
         if not bool(self.hidden.any()):
@@ -120,10 +123,11 @@ class MaskedSession(Session):
             raise ValueError("the masked order ranks draws by log-probability; this head gives none")
         if self.values is None:
             self.values = torch.zeros((self.count, *sample.shape[1:]), dtype=sample.dtype)
+        self.values = self.values.clone()  # what `content` gave out before stays as it was
         open_places = self.hidden.nonzero()[:, 0]
         self.values[open_places] = sample
         self.step += 1
-        keep_hidden = remaining(self.count, len(open_places), self.step, self.steps)
+        keep_hidden = remaining(self.unknown, len(open_places), self.step, self.steps)
         temperature = self.order.choice_temperature * (1.0 - (self.step - 1) / max(self.steps - 1, 1))
         noise = gumbel((len(open_places),), self.rng)
         worst = least_confident(log_prob, noise, temperature, keep_hidden)
@@ -135,11 +139,13 @@ class MaskedSession(Session):
 
 
 def remaining(count: int, hidden: int, step: int, steps: int) -> int:
-    """Elements still hidden after `step` of `steps`: floor(count·cos(π/2·step/steps)), at least 1 and at least one fewer than
-    before, 0 after the last step."""
+    """Elements still hidden after `step` of `steps`: floor(count·cos(π/2·step/steps)), at least 1 and at least one fewer
+    than before, 0 after the last step. `count`: hidden before the first step. In float32, which decides where the product
+    is a whole number but for rounding, as in diffusers."""
     if step >= steps:
         return 0
-    return max(min(math.floor(count * math.cos(math.pi / 2 * step / steps)), hidden - 1), min(1, hidden - 1))
+    share = torch.cos(torch.tensor(step / steps, dtype=torch.float32) * math.pi / 2)
+    return max(min(int((count * share).floor()), hidden - 1), min(1, hidden - 1))
 
 
 def least_confident(

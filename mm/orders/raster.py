@@ -43,17 +43,21 @@ class Raster(Order):
         rng: torch.Generator,
         known: tuple[Tensor, Bool[Tensor, " N"]] | None = None,
     ) -> Session:
-        return RasterSession(math.prod(grid), known)
+        return RasterSession(grid, known)
 
 
 class RasterSession(Session):
     """Element by element; given elements must be a prefix, and are accepted without being sampled."""
 
-    def __init__(self, count: int, known: tuple[Tensor, Tensor] | None) -> None:
-        self.count = count
+    def __init__(self, grid: tuple[int, ...], known: tuple[Tensor, Tensor] | None) -> None:
+        self.count = math.prod(grid)
         self.drawn: list[Tensor] = []
         if known is not None:
             content, given = known
+            if len(given) != self.count or len(content) != self.count:
+                raise ValueError(
+                    f"given elements cover {len(content)} and {len(given)} places, but the grid {grid} has {self.count}"
+                )
             prefix = int(given.long().cumprod(0).sum())
             if prefix != int(given.sum()):
                 raise ValueError(

@@ -1,0 +1,162 @@
+"""A small convolutional picture autoencoder: the encoder and decoder around a quantiser.
+
+The shape of VQ-GAN's networks (Esser, Rombach and Ommer 2021, "Taming Transformers for High-Resolution Image Synthesis",
+section 3.1): pre-activation residual blocks with GroupNorm and SiLU, space-to-depth resampling between
+levels, optional self-attention at the coarsest level. The first and last layers work on patches (space to depth), which
+keeps the full-resolution convolutions, the dearest ones, out of a small model.
+
+Letters in shapes: B batch, C channels, H rows, W columns, D latent channels.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Literal
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    # Sixteen channels a group where that divides; one group otherwise (tiny test models).
+    return nn.GroupNorm(channels // 16 if channels % 16 == 0 else 1, channels, eps=1e-6)
+
+
+def _zero(layer: nn.Conv2d) -> nn.Conv2d:
+    """Zero weights: a residual branch that begins as the identity."""
+    nn.init.zeros_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x)))))), the width kept."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm1 = _norm(channels)
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.norm2 = _norm(channels)
+        self.conv2 = _zero(nn.Conv2d(channels, channels, 3, padding=1))
+
+    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+        h = self.conv1(F.silu(self.norm1(x)))
+        return x + self.conv2(F.silu(self.norm2(h)))
+
+
+class SeparableBlock(nn.Module):
+    """x + narrow(silu(widen(depthwise(norm(x))))): a 5×5 depthwise convolution, then a pointwise network three times as
+    wide (the block of Liu et al. 2022, "A ConvNet for the 2020s"). A third of a residual block's cost at equal width."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = _norm(channels)
+        self.depthwise = nn.Conv2d(channels, channels, 5, padding=2, groups=channels)
+        self.widen = nn.Conv2d(channels, 3 * channels, 1)
+        self.narrow = _zero(nn.Conv2d(3 * channels, channels, 1))
+
+    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+        return x + self.narrow(F.silu(self.widen(self.depthwise(self.norm(x)))))
+
+
+class SpatialAttention(nn.Module):
+    """Self-attention over all positions of a feature map, as a residual."""
+
+    def __init__(self, channels: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = _norm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.out = _zero(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+        batch, channels, rows, columns = x.shape
+        qkv = self.qkv(self.norm(x)).reshape(batch, 3, self.heads, channels // self.heads, rows * columns)
+        q, k, v = qkv.transpose(-1, -2).unbind(1)
+        h = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(batch, channels, rows, columns)
+        return x + self.out(h)
+
+
+BLOCKS = {"residual": ResidualBlock, "separable": SeparableBlock}
+BlockName = Literal["residual", "separable"]
+
+
+def _stage(block: BlockName, channels: int, blocks: int, attention_heads: int) -> list[nn.Module]:
+    layers: list[nn.Module] = []
+    for _ in range(blocks):
+        layers.append(BLOCKS[block](channels))
+        if attention_heads:
+            layers.append(SpatialAttention(channels, attention_heads))
+    return layers
+
+
+class Encoder(nn.Module):
+    """Pictures → latents; each side shrinks by `patch · 2^(len(widths) − 1)`, the downsampling.
+
+    The result is a linear map of each square of pixels plus a network whose last layer begins at zero: training starts
+    from a patch code that `ImageVQ.warm_start` computes in closed form, and learns what context adds to it.
+
+    Args:
+        widths: channels of each level, finest first.
+        blocks: blocks a level, `block` of which kind (`residual` or `separable`).
+        latent: D, channels of the result.
+        patch: side of the pixel squares that the first layer of the network reads as one position.
+        attention_heads: heads of self-attention after each block of the coarsest level; 0 = none.
+    """
+
+    def __init__(
+        self,
+        widths: Sequence[int],
+        *,
+        blocks: int,
+        latent: int,
+        patch: int,
+        attention_heads: int,
+        block: BlockName = "residual",
+    ) -> None:
+        super().__init__()
+        downsample = patch << (len(widths) - 1)
+        self.linear = nn.Sequential(nn.PixelUnshuffle(downsample), nn.Conv2d(3 * downsample**2, latent, 1))
+        layers: list[nn.Module] = [nn.PixelUnshuffle(patch), nn.Conv2d(3 * patch**2, widths[0], 3, padding=1)]
+        for finer, width in itertools.pairwise(widths):
+            layers += _stage(block, finer, blocks, 0)
+            layers.append(nn.Conv2d(finer, width, 2, stride=2))
+        layers += _stage(block, widths[-1], blocks, attention_heads)
+        layers += [_norm(widths[-1]), nn.SiLU(), _zero(nn.Conv2d(widths[-1], latent, 1))]
+        self.network = nn.Sequential(*layers)
+
+    def forward(self, x: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D h w"]:
+        return self.linear(x) + self.network(x)
+
+
+class Decoder(nn.Module):
+    """Latents → pictures, the mirror of `Encoder` (same arguments); the output is not bounded."""
+
+    def __init__(
+        self,
+        widths: Sequence[int],
+        *,
+        blocks: int,
+        latent: int,
+        patch: int,
+        attention_heads: int,
+        block: BlockName = "residual",
+    ) -> None:
+        super().__init__()
+        downsample = patch << (len(widths) - 1)
+        self.linear = nn.Sequential(nn.Conv2d(latent, 3 * downsample**2, 1), nn.PixelShuffle(downsample))
+        layers: list[nn.Module] = [nn.Conv2d(latent, widths[-1], 3, padding=1)]
+        layers += _stage(block, widths[-1], blocks, attention_heads)
+        for coarser, width in itertools.pairwise(reversed(widths)):
+            # The mirror of the strided layer: nothing is spent on neighbours, which the blocks see to.
+            layers += [nn.Conv2d(coarser, 4 * width, 1), nn.PixelShuffle(2)]
+            layers += _stage(block, width, blocks, 0)
+        self.last = _zero(nn.Conv2d(widths[0], 3 * patch**2, 3, padding=1))
+        layers += [_norm(widths[0]), nn.SiLU(), self.last, nn.PixelShuffle(patch)]
+        self.network = nn.Sequential(*layers)
+
+    def forward(self, latents: Float[Tensor, "B D h w"]) -> Float[Tensor, "B 3 H W"]:
+        return self.linear(latents) + self.network(latents)

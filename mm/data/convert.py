@@ -1,0 +1,187 @@
+"""Making and converting data sets: what `mm data` calls. Everything is written as WebDataset shards."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from mm.data.example import BrokenExample, Lazy, Source, warn_skipped
+from mm.data.files import replacing
+from mm.data.shards import decode_picture
+from mm.data.sources import DIGIT_NAMES, DigitsSource
+
+Progress = Callable[[int, int], None]
+Entry = tuple[str, dict[str, bytes]]
+"""One example of a shard: key, and suffix → member."""
+
+
+def write_shards(
+    entries: Iterator[Entry], out: str | Path, *, prefix: str = "data", per_shard: int = 10_000
+) -> list[Path]:
+    """Write examples to `out`/`prefix`-000000.tar and so on; returns the paths. The bytes depend on the entries alone.
+
+    Keys are cleaned so that other tools group and extract the files safely. Raises `ValueError` if there is no entry.
+    """
+    if per_shard < 1:
+        raise ValueError(f"a shard needs at least one example, got per_shard {per_shard}")
+    paths: list[Path] = []
+    entry = next(entries, None)
+    while entry is not None:
+        path = Path(out) / f"{prefix}-{len(paths):06d}.tar"
+        with replacing(path) as file, tarfile.open(fileobj=file, mode="w") as tar:
+            previous, count = "", 0
+            while entry is not None and count < per_shard:
+                key = clean_key(entry[0])
+                if key == previous:  # consecutive members of one stem would become one example
+                    key += f"-{count}"
+                for suffix, data in entry[1].items():
+                    info = tarfile.TarInfo(f"{key}.{suffix}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+                previous, count = key, count + 1
+                entry = next(entries, None)
+        paths.append(path)
+    if not paths:
+        raise ValueError("there is nothing to write: no example could be read")
+    return paths
+
+
+def clean_key(key: str) -> str:
+    """A stem without dots in its base name, without `..`, and relative."""
+    *folders, base = [part for part in PurePosixPath(key).parts if part != "/"] or ["example"]
+    safe = [part.replace("..", "_") for part in folders] + [base.replace(".", "_")]
+    name = "/".join(safe)
+    return f"x{name}" if name.startswith("__") else name
+
+
+def to_shards(
+    source: Source,
+    out: str | Path,
+    *,
+    prefix: str = "data",
+    per_shard: int = 10_000,
+    progress: Progress | None = None,
+) -> list[Path]:
+    """Convert any random-access source (a folder of pictures, a `datasets` directory, …) to shards.
+
+    Picture files are kept byte for byte; the other fields go into one `.json` each, the text as `caption` where the
+    source has a caption format. Broken examples are skipped with a counted warning, or raise if the source is strict.
+    """
+    return write_shards(_entries(source, progress), out, prefix=prefix, per_shard=per_shard)
+
+
+def _entries(source: Source, progress: Progress | None) -> Iterator[Entry]:
+    skipped: list[str] = []
+    for index in range(len(source)):
+        try:
+            yield source.key(index), _members(source, index)
+        except BrokenExample as error:
+            if source.strict:
+                raise
+            skipped.append(str(error))
+        if progress is not None:
+            progress(index + 1, len(source))
+    if skipped:
+        warn_skipped(source.what, len(skipped), len(source), skipped[0])
+
+
+def _members(source: Source, index: int) -> dict[str, bytes]:
+    example = source[index]
+    members: dict[str, bytes] = {}
+    if "image" in example:
+        members |= _picture(source.raw_picture(index), f"{source.what}: {source.key(index)}", source.max_pixels)
+    fields: dict[str, Any] = {}
+    for name, value in dict(example).items():
+        if name in ("key", "image", "text"):
+            continue
+        value = value.load() if isinstance(value, Lazy) else value
+        if isinstance(value, bytes):
+            members[name] = value
+        else:
+            fields[name] = value
+    if source.caption is not None:
+        fields["caption"] = example["text"]
+    members["json"] = json.dumps(fields, ensure_ascii=False, default=str).encode()
+    return members
+
+
+def _picture(stored: Any, where: str, max_pixels: int) -> dict[str, bytes]:
+    from PIL import Image
+
+    decoded = decode_picture(stored, where, max_pixels)  # a broken picture must not get into the shard
+    if isinstance(stored, bytes):
+        with Image.open(io.BytesIO(stored)) as picture:
+            kind = (picture.format or "").lower()
+        return {{"jpeg": "jpg", "mpo": "jpg"}.get(kind, kind): stored}
+    return {"png": _png(decoded)}
+
+
+def _png(picture: Any) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def make_digits(
+    out: str | Path,
+    *,
+    npz: str | Path | None = None,
+    count: int = 2000,
+    size: int = 32,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> list[Path]:
+    """Shards of digits, dark on white, `size`×`size`, with captions.
+
+    From `npz` (fields `images` and `labels`, such as an extract of MNIST): "handwritten digit seven". Without it,
+    `count` digits are drawn here from a typeface under random strokes, tilts and shifts: "digit seven". These need no
+    download; they are for trying things out.
+    """
+    if npz is not None:
+        return to_shards(DigitsSource(npz, size), out, prefix="digits", progress=progress)
+    if count < 1 or size < 8:
+        raise ValueError(f"make_digits needs count >= 1 and size >= 8, got {count} and {size}")
+    return write_shards(_drawn(count, size, seed, progress), out, prefix="digits")
+
+
+def _drawn(count: int, size: int, seed: int, progress: Progress | None) -> Iterator[Entry]:
+    for number in range(count):
+        rng = np.random.default_rng([seed, number])
+        digit = int(rng.integers(10))
+        name = DIGIT_NAMES[digit]
+        fields = {"caption": f"digit {name}", "digit": digit, "name": name}
+        yield f"{number:06d}", {"png": _png(draw_digit(digit, size, rng)), "json": json.dumps(fields).encode()}
+        if progress is not None:
+            progress(number + 1, count)
+
+
+def draw_digit(digit: int, size: int, rng: np.random.Generator) -> Any:
+    """One digit as an RGB picture: random height, thickness, tilt, slant and place; drawn large, then scaled down."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    large = 4 * size
+    paper = Image.new("L", (large, large), 255)
+    font = ImageFont.load_default(size=large * rng.uniform(0.65, 0.85))
+    ImageDraw.Draw(paper).text(
+        (large / 2, large / 2),
+        str(digit),
+        fill=int(rng.integers(0, 60)),
+        font=font,
+        anchor="mm",
+        stroke_width=int(rng.integers(0, large // 24)),
+    )
+    angle, slant = rng.uniform(-0.2, 0.2), rng.uniform(-0.25, 0.25)
+    cosine, sine = np.cos(angle), np.sin(angle)
+    move = np.array([[cosine, slant - sine], [sine, cosine]])
+    shift = large / 2 - move @ np.full(2, large / 2) + rng.uniform(-0.07, 0.07, 2) * large
+    affine = (move[0, 0], move[0, 1], shift[0], move[1, 0], move[1, 1], shift[1])
+    paper = paper.transform(
+        (large, large), Image.Transform.AFFINE, affine, resample=Image.Resampling.BILINEAR, fillcolor=255
+    )
+    return paper.resize((size, size), Image.Resampling.BOX).convert("RGB")

@@ -1,0 +1,167 @@
+"""Examples → documents. A document is a list of segments in reading order; `mm.layout` turns it into a token stream.
+
+Which segment is predicted is said once, here (`loss`). Classifier-free guidance needs a model that also knows the
+unconditional case: with probability `drop` the condition is replaced by the *null condition*, a segment of modality
+"null" without content.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from mm.layout import NULL, Segment
+
+
+def null_segment() -> Segment:
+    """The null condition: what stands in the place of a condition that is dropped."""
+    return Segment(NULL, None, loss=False)
+
+
+class Template(abc.ABC):
+    """Turns an example into a document. Draws come from `rng` only, so a document depends on its example and seed."""
+
+    @abc.abstractmethod
+    def __call__(self, example: Mapping[str, Any], rng: torch.Generator) -> list[Segment]:
+        """Raises `ValueError` for a field that the example lacks."""
+
+
+def happens(probability: float, rng: torch.Generator) -> bool:
+    """True with the given probability. Always takes one draw, so that what follows doesn't depend on it."""
+    return float(torch.rand((), generator=rng)) < probability  # rand lies in [0, 1): p = 0 never, p = 1 always
+
+
+def check_probability(name: str, value: float) -> float:
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} is a probability between 0 and 1, got {value}")
+    return value
+
+
+class _Pair(Template):
+    """A condition, which may be dropped, and what is generated from it."""
+
+    def __init__(
+        self, condition: tuple[str, str], generated: tuple[str, str], drop: float, condition_loss: bool
+    ) -> None:
+        self.condition, self.generated = condition, generated
+        self.drop, self.condition_loss = check_probability("drop", drop), condition_loss
+
+    def __call__(self, example: Mapping[str, Any], rng: torch.Generator) -> list[Segment]:
+        field, modality = self.condition
+        if happens(self.drop, rng):
+            first = null_segment()  # the dropped field isn't even read
+        else:
+            first = Segment(modality, example[field], loss=self.condition_loss)
+        field, modality = self.generated
+        return [first, Segment(modality, example[field], loss=True)]
+
+
+class TextToImage(_Pair):
+    """Text, then the picture it asks for. The text is dropped with probability `drop`.
+
+    `text` and `image` name the modalities, `text_field` and `image_field` the fields of the example. With `text_loss`
+    the text is learned too (Liquid, Chameleon).
+    """
+
+    def __init__(
+        self,
+        drop: float = 0.1,
+        text_loss: bool = False,
+        text: str = "text",
+        image: str = "image",
+        text_field: str = "text",
+        image_field: str = "image",
+    ) -> None:
+        super().__init__((text_field, text), (image_field, image), drop, text_loss)
+
+
+class ImageToText(_Pair):
+    """A picture, then its caption. The picture is dropped with probability `drop` (0: captioning needs no guidance)."""
+
+    def __init__(
+        self,
+        drop: float = 0.0,
+        image_loss: bool = False,
+        text: str = "text",
+        image: str = "image",
+        text_field: str = "text",
+        image_field: str = "image",
+    ) -> None:
+        super().__init__((image_field, image), (text_field, text), drop, image_loss)
+
+
+class TextOnly(Template):
+    """Text alone, all of it learned."""
+
+    def __init__(self, text: str = "text", text_field: str = "text") -> None:
+        self.text, self.text_field = text, text_field
+
+    def __call__(self, example: Mapping[str, Any], rng: torch.Generator) -> list[Segment]:
+        return [Segment(self.text, example[self.text_field], loss=True)]
+
+
+class Interleaved(Template):
+    """Several fields in a row, any number of modalities; a field that holds a list gives one segment an entry.
+
+    Args:
+        fields: field names in reading order, such as ["image", "text"]. Entries of a list that are None are left out
+            (web pages stored as parallel lists of texts and pictures).
+        modalities: field → modality. A field that isn't named is `text` where it holds a string, else `image`.
+        context: fields that are context only; all others are learned.
+        drop: probability that every context segment is replaced by the null condition.
+    """
+
+    def __init__(
+        self,
+        fields: Sequence[str],
+        modalities: Mapping[str, str] | None = None,
+        context: Sequence[str] = (),
+        drop: float = 0.0,
+    ) -> None:
+        if not fields:
+            raise ValueError("Interleaved needs at least one field")
+        if unknown := sorted(set(context) - set(fields)):
+            raise ValueError(f"context names {unknown}, but the fields are {list(fields)}; name fields of the document")
+        self.fields, self.modalities = list(fields), dict(modalities or {})
+        self.context, self.drop = set(context), check_probability("drop", drop)
+
+    def __call__(self, example: Mapping[str, Any], rng: torch.Generator) -> list[Segment]:
+        dropped = happens(self.drop, rng)
+        document: list[Segment] = []
+        for field in self.fields:
+            loss = field not in self.context
+            if dropped and not loss:
+                document.append(null_segment())
+                continue
+            value = example[field]
+            for item in value if isinstance(value, list | tuple) else [value]:
+                if item is None:
+                    continue
+                modality = self.modalities.get(field, "text" if isinstance(item, str) else "image")
+                document.append(Segment(modality, item, loss=loss))
+        if not document:
+            raise ValueError(f"example {example.get('key', '?')!r} has nothing in the fields {self.fields}")
+        return document
+
+
+class Mixture(Template):
+    """One of several templates an example, drawn with the given weights (equal by default)."""
+
+    def __init__(self, templates: Sequence[Template], weights: Sequence[float] | None = None) -> None:
+        weights = [1.0] * len(templates) if weights is None else list(weights)
+        if not templates or len(weights) != len(templates) or min(weights) < 0 or not 0 < sum(weights) < float("inf"):
+            raise ValueError(
+                f"Mixture got {len(templates)} templates and the weights {weights}; "
+                "give at least one template and one weight >= 0 each, not all 0"
+            )
+        self.templates = list(templates)
+        self._edges = (torch.tensor(weights, dtype=torch.float64).cumsum(0) / sum(weights)).tolist()
+        self._last = max(number for number, weight in enumerate(weights) if weight > 0)
+
+    def __call__(self, example: Mapping[str, Any], rng: torch.Generator) -> list[Segment]:
+        draw = float(torch.rand((), generator=rng, dtype=torch.float64))
+        chosen = next((number for number, edge in enumerate(self._edges) if draw < edge), self._last)
+        return self.templates[chosen](example, rng)

@@ -1,0 +1,236 @@
+"""What every source gives: an example is a dictionary whose expensive values are loaded when they are first read."""
+
+from __future__ import annotations
+
+import abc
+import copy
+import hashlib
+import string
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal
+
+from mm.media import MAX_PIXELS
+
+Split = Literal["all", "train", "holdout"]
+
+
+class BrokenExample(ValueError):
+    """One example can't be used (damaged picture, unreadable record). Callers skip and count it, or raise if strict."""
+
+
+class Lazy:
+    """A value computed on first access."""
+
+    __slots__ = ("load",)
+
+    def __init__(self, load: Callable[[], Any]) -> None:
+        self.load = load
+
+
+class Example(dict[str, Any]):
+    """`key`, `image` (PIL RGB), `text`, and whatever else the source knows. `Lazy` values load when read, once."""
+
+    def __getitem__(self, name: str) -> Any:
+        value = super().__getitem__(name)
+        if isinstance(value, Lazy):
+            value = value.load()
+            self[name] = value
+        return value
+
+    def __missing__(self, name: str) -> Any:
+        known = ", ".join(sorted(self))
+        raise ValueError(f"example {super().get('key', '?')!r} has no field {name!r}; it has: {known}")
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self[name] if name in self else default
+
+    def items(self) -> Any:
+        return {name: self[name] for name in self}.items()
+
+    def values(self) -> Any:
+        return {name: self[name] for name in self}.values()
+
+
+class Source(abc.ABC):
+    """Random access to examples. Subclasses index their files, call `_finish`, and implement `_fields`.
+
+    Args (of every source):
+        split: `train` and `holdout` are complements: of the sorted unique keys of the whole source, each
+            `holdout_every`-th (beginning with the first) is held out, with all examples of that key. `all` is both.
+        holdout_every: 0 holds nothing out.
+        caption: format string over the example's fields that makes `text`, such as "{caption}, {style}"; lists are
+            joined with commas. By default `text` is the field `caption`, or else the field `text`.
+        strict: raise at the first broken example instead of skipping it with a counted warning.
+        max_pixels: largest picture that is decoded.
+    """
+
+    def __init__(
+        self,
+        *,
+        split: Split = "all",
+        holdout_every: int = 20,
+        caption: str | None = None,
+        strict: bool = False,
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
+        if split not in ("all", "train", "holdout"):
+            raise ValueError(f"split must be 'all', 'train' or 'holdout', got {split!r}")
+        if holdout_every < 0 or (split == "holdout" and holdout_every == 0):
+            least = int(split == "holdout")
+            raise ValueError(f"holdout_every is {holdout_every}; split {split!r} needs at least {least}")
+        self.split, self.holdout_every = split, holdout_every
+        self.strict, self.max_pixels = strict, max_pixels
+        self._text = Caption(caption)
+        self._broken: list[str] = []
+
+    def _finish(self, keys: Sequence[str], what: str) -> None:
+        """Called once the files are indexed: `keys[o]` is the key of the example with ordinal `o`."""
+        self.what = what
+        if self._broken and not self.strict:
+            warn_skipped(what, len(self._broken), len(self._broken) + len(keys), self._broken[0])
+        if not keys:
+            reason = f" (first problem: {self._broken[0]})" if self._broken else ""
+            raise ValueError(f"{what} holds no examples{reason}")
+        self._keys = keys
+        held = holdout_keys(keys, self.holdout_every) if self.split != "all" else set()
+        wanted = self.split == "holdout"
+        self.ordinals: Sequence[int] = (
+            range(len(keys))
+            if self.split == "all"
+            else [ordinal for ordinal, key in enumerate(keys) if (key in held) == wanted]
+        )
+        """Position of each example of this split in the whole source; what caches are keyed by."""
+
+    def _bad(self, reason: str) -> None:
+        """Note something that can't be indexed."""
+        if self.strict:
+            raise BrokenExample(reason)
+        self._broken.append(reason)
+
+    def __len__(self) -> int:
+        return len(self.ordinals)
+
+    @property
+    def caption(self) -> str | None:
+        """Format of the text, as given."""
+        return self._text.template
+
+    @property
+    def total(self) -> int:
+        """Examples of the whole source, whatever the split."""
+        return len(self._keys)
+
+    def whole(self) -> Source:
+        """The same source with split `all`; index and ordinal are then equal."""
+        if self.split == "all":
+            return self
+        other = copy.copy(self)
+        other.split, other.ordinals = "all", range(self.total)
+        return other
+
+    def key(self, index: int) -> str:
+        return self._keys[self.ordinals[index]]
+
+    @property
+    @abc.abstractmethod
+    def identity(self) -> str:
+        """Changes when the content or the numbering of the source changes; free of split and caption."""
+
+    def raw_picture(self, index: int) -> bytes | Any:
+        """The picture as the source stores it: the bytes of its file, a PIL picture, or None where there is none."""
+        return self[index].get("image")
+
+    @abc.abstractmethod
+    def _fields(self, ordinal: int) -> dict[str, Any]:
+        """Fields of one example (values may be `Lazy`). Raises `BrokenExample`."""
+
+    def __getitem__(self, index: int) -> Example:
+        """One example. Raises `BrokenExample` here, or when a lazy field of it is read."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"{self.what} has {len(self)} examples in split {self.split!r}, got index {index}")
+        ordinal = self.ordinals[index]
+        fields = self._fields(ordinal)
+        fields["key"] = self._keys[ordinal]
+        return Example(fields, text=self._text(fields))
+
+    def __iter__(self) -> Iterator[Example]:
+        """All examples with their pictures loaded; broken ones are skipped and counted (`strict` raises)."""
+        skipped: list[str] = []
+        for index in range(len(self)):
+            try:
+                example = self[index]
+                example.get("image")
+            except BrokenExample as error:
+                if self.strict:
+                    raise
+                skipped.append(str(error))
+            else:
+                yield example
+        if skipped:
+            warn_skipped(self.what, len(skipped), len(self), skipped[0])
+
+
+def warn_skipped(what: str, count: int, total: int, first: str) -> None:
+    warnings.warn(f"{what}: skipped {count} of {total} examples as broken; the first: {first}", stacklevel=3)
+
+
+def holdout_keys(keys: Iterable[str], every: int) -> set[str]:
+    """Each `every`-th of the sorted unique keys, beginning with the first."""
+    return set(sorted(set(keys))[::every]) if every else set()
+
+
+class Caption:
+    """Makes `text` from the other fields. Attribute and index access in the format is refused: fields are plain data.
+
+    Raises `ValueError` on construction for a malformed format, and on use for a field that the example lacks.
+    """
+
+    def __init__(self, template: str | None) -> None:
+        self.template = template
+        try:
+            parsed = list(string.Formatter().parse(template or ""))
+        except ValueError as error:
+            raise ValueError(f"caption {template!r} is not a format string: {error}") from error
+        self.names = [name for _, name, _, _ in parsed if name is not None]
+        for name in self.names:
+            if not name.isidentifier():
+                raise ValueError(f"caption {template!r} uses {{{name}}}; use plain field names such as {{caption}}")
+
+    def __call__(self, fields: dict[str, Any]) -> str | Lazy:
+        """`text` of an example: at once where it is there already, else when it is read."""
+        if self.template is None:
+            for name in ("caption", "text"):
+                if fields.get(name) is not None:
+                    value = fields[name]
+                    return value if isinstance(value, Lazy) else str(_plain(value))
+        return Lazy(lambda: self._render(fields))
+
+    def _render(self, fields: dict[str, Any]) -> str:
+        values: dict[str, Any] = {}
+        for name in self.names or (["caption"] if self.template is None else []):
+            value = fields.get(name)
+            if isinstance(value, Lazy):
+                value = value.load()
+            if value is None:
+                known = ", ".join(sorted(set(fields) - {"image", "key"}))
+                raise ValueError(
+                    f"example {fields['key']!r} has no field {name!r} to make its text of; it has: {known or 'none'}; "
+                    "set caption to a format over these"
+                )
+            values[name] = _plain(value)
+        return self.template.format(**values) if self.template is not None else ""
+
+
+def _plain(value: Any) -> Any:
+    return ", ".join(str(item) for item in value) if isinstance(value, list | tuple) else value
+
+
+def digest(*parts: str | bytes) -> str:
+    """Short stable hash of a sequence of parts."""
+    state = hashlib.blake2b(digest_size=12)
+    for part in parts:
+        data = part.encode("utf-8", "surrogateescape") if isinstance(part, str) else part
+        state.update(len(data).to_bytes(8, "little"))
+        state.update(data)
+    return state.hexdigest()

@@ -1,0 +1,275 @@
+"""Random-access sources: folders, Hugging Face `datasets` directories, digits in one `.npz`; shards are in `shards`.
+
+Files are taken to come from strangers: nothing is unpickled, every read is bounded, and no path given *inside* a file
+may lead out of its folder. What can't be used is skipped with one counted warning (`strict` raises).
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import zipfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mm.data.example import BrokenExample, Lazy, Source, digest
+from mm.data.shards import (
+    MAX_MEMBER_BYTES,
+    MAX_TEXT_BYTES,
+    ShardSource,
+    decode_picture,
+    is_picture,
+    parse_json,
+    sample_bytes,
+)
+
+__all__ = ["DigitsSource", "FolderSource", "HFSource", "ShardSource"]
+
+DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+class FolderSource(Source):
+    """Pictures anywhere under a folder. Fields come from `NAME.json` and `NAME.txt` (as `caption`) beside `NAME.png`,
+    and from the row of `metadata.jsonl` whose `file_name` names it (relative to where `metadata.jsonl` lies).
+    """
+
+    def __init__(self, path: str | Path, **options: Any) -> None:
+        super().__init__(**options)
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise ValueError(f"folder {str(path)!r} is missing or not a folder; give a folder with pictures")
+        self._root = self.path.resolve()
+        self._rows: dict[str, dict[str, Any]] = {}
+        self._names: list[str] = []
+        self._beside: set[str] = set()
+        for folder, folders, files in os.walk(self.path):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            place = Path(folder).relative_to(self.path)
+            for name in sorted(files):
+                if name == "metadata.jsonl":
+                    self._read_rows(place)
+                elif name.startswith("."):
+                    continue
+                elif is_picture(name.lower()):
+                    self._names.append((place / name).as_posix())
+                elif name.endswith((".txt", ".json")):
+                    self._beside.add((place / name).as_posix())
+        self._names.sort()
+        for name in sorted(set(self._rows) - set(self._names)):
+            self._bad(f"metadata.jsonl names {name!r}, which is not a picture in the folder")
+        self._finish([Path(name).with_suffix("").as_posix() for name in self._names], f"folder {self.path.name!r}")
+
+    def _read_rows(self, place: Path) -> None:
+        with self._inside((place / "metadata.jsonl").as_posix()).open("rb") as file:
+            number = 0
+            while line := file.readline(MAX_TEXT_BYTES):
+                number += 1
+                where = f"{(place / 'metadata.jsonl').as_posix()} line {number}"
+                if not line.strip():
+                    continue
+                try:
+                    row = parse_json(line, where)
+                    if not isinstance(name := row.pop("file_name", None), str):
+                        raise BrokenExample(f"{where} has no file_name")
+                except BrokenExample as error:
+                    self._bad(str(error))
+                else:
+                    self._rows[os.path.normpath((place / name).as_posix()).replace(os.sep, "/")] = row
+
+    def _inside(self, name: str) -> Path:
+        """The file's real path; a link that leads out of the folder is refused."""
+        path = (self.path / name).resolve()
+        if not path.is_relative_to(self._root):
+            raise BrokenExample(f"{name!r} is a link that leads out of the folder")
+        return path
+
+    def _read(self, name: str, limit: int) -> bytes:
+        try:
+            with self._inside(name).open("rb") as file:
+                data = file.read(limit + 1)
+        except OSError as error:
+            raise BrokenExample(f"{name!r} can't be read: {error.strerror or error}") from error
+        if len(data) > limit:
+            raise BrokenExample(f"{name!r} is larger than {limit:,} bytes")
+        return data
+
+    @property
+    def identity(self) -> str:
+        files = [(name, self.path / name) for name in self._names]
+        sizes = [f"{name} {path.stat().st_size if path.is_file() else -1}" for name, path in files]
+        spread = files[:: max(1, len(files) // 64)]
+        return digest("folder", *sizes, *(sample_bytes(path, blocks=2) for _, path in spread if path.is_file()))
+
+    def _fields(self, ordinal: int) -> dict[str, Any]:
+        name = self._names[ordinal]
+        stem = Path(name).with_suffix("").as_posix()
+        fields: dict[str, Any] = {}
+        if (beside := f"{stem}.txt") in self._beside:
+            fields["caption"] = self._read(beside, MAX_TEXT_BYTES).decode("utf-8", "replace").strip()
+        if (beside := f"{stem}.json") in self._beside:
+            fields |= parse_json(self._read(beside, MAX_TEXT_BYTES), beside)
+        fields |= self._rows.get(name, {})
+        fields["image"] = Lazy(lambda: decode_picture(self._read(name, MAX_MEMBER_BYTES), name, self.max_pixels))
+        return fields
+
+    def raw_picture(self, index: int) -> bytes | Any:
+        return self._read(self._names[self.ordinals[index]], MAX_MEMBER_BYTES)
+
+
+class HFSource(Source):
+    """A directory written by `datasets.Dataset.save_to_disk` (or one `subset` of a saved `DatasetDict`).
+
+    `image` is the first picture column; a column named `key`, `id` or `__key__` gives the key, else the row number.
+    """
+
+    def __init__(self, path: str | Path, subset: str | None = None, **options: Any) -> None:
+        super().__init__(**options)
+        try:
+            import datasets
+        except ImportError as error:
+            raise ValueError("HFSource needs the package 'datasets'; install it with: pip install datasets") from error
+        self.path = Path(path)
+        if (self.path / "dataset_dict.json").is_file():
+            splits = parse_json((self.path / "dataset_dict.json").read_bytes(), "dataset_dict.json").get("splits", [])
+            if subset not in splits or Path(str(subset)).name != subset:
+                raise ValueError(f"{self.path.name!r} holds the subsets {splits}; name one of them, got {subset!r}")
+            self.path /= subset
+        elif subset is not None:
+            raise ValueError(f"{self.path.name!r} holds one data set without subsets; leave subset out, got {subset!r}")
+        self._check_files()
+        try:
+            rows = datasets.load_from_disk(str(self.path)).with_format(None)
+        except Exception as error:  # arrow raises types of its own
+            raise ValueError(f"{self.path.name!r} is damaged: {error}") from error
+        pictures = [name for name, kind in rows.features.items() if isinstance(kind, datasets.Image)]
+        for name, kind in rows.features.items():
+            if isinstance(kind, datasets.Image | datasets.Audio):
+                rows = rows.cast_column(name, type(kind)(decode=False))
+        self._rows, self._pictures = rows, pictures
+        named = next((name for name in ("key", "id", "__key__") if name in rows.features), None)
+        width = len(str(len(rows)))
+        keys = [str(key) for key in rows[named]] if named else [f"{row:0{width}}" for row in range(len(rows))]
+        self._finish(keys, f"data set {self.path.name!r}")
+
+    def _check_files(self) -> None:
+        """`load_from_disk` would follow any path that state.json names; only files of the directory are wanted."""
+        state = self.path / "state.json"
+        if not state.is_file():
+            raise ValueError(f"{str(self.path)!r} is not a data set saved with save_to_disk: it has no state.json")
+        named = parse_json(state.read_bytes(), "state.json").get("_data_files")
+        names = [entry.get("filename") if isinstance(entry, dict) else None for entry in named or []]
+        for name in names:
+            if not isinstance(name, str) or Path(name).name != name or not (self.path / name).is_file():
+                raise ValueError(f"state.json of {self.path.name!r} names {name!r}, which is not a file beside it")
+
+    @property
+    def identity(self) -> str:
+        files = sorted(self.path.glob("*.arrow"))
+        return digest("datasets", *(f"{file.name} {file.stat().st_size}" for file in files), *map(sample_bytes, files))
+
+    def _fields(self, ordinal: int) -> dict[str, Any]:
+        try:
+            fields: dict[str, Any] = dict(self._rows[ordinal])
+        except Exception as error:
+            raise BrokenExample(f"row {ordinal} of {self.what} can't be read: {error}") from error
+        for name in self._pictures:
+            stored = fields.pop(name)
+            place = "image" if name == self._pictures[0] else name
+            if stored is not None:
+                fields[place] = Lazy(partial(self._decode, stored, f"row {ordinal}, {name}"))
+        return fields
+
+    def _decode(self, stored: dict[str, Any], where: str) -> Any:
+        if not stored.get("bytes"):
+            raise BrokenExample(f"{where} names a file instead of holding the picture; save it with embedded pictures")
+        return decode_picture(stored["bytes"], where, self.max_pixels)
+
+    def raw_picture(self, index: int) -> bytes | Any:
+        if not self._pictures:
+            return None
+        stored = self._rows[self.ordinals[index]][self._pictures[0]]
+        return stored["bytes"] if stored else None
+
+
+class DigitsSource(Source):
+    """Handwritten digits from one `.npz` with `images` uint8[n, h, w] (bright ink on black) and `labels` [n].
+
+    Pictures come out as dark ink on white, centred on a `size`×`size` square; `caption` is "handwritten digit seven".
+    """
+
+    def __init__(self, path: str | Path, size: int = 32, **options: Any) -> None:
+        super().__init__(**options)
+        arrays = load_arrays(Path(path), ("images", "labels"))
+        images, labels = arrays["images"], arrays["labels"]
+        fits = images.ndim == 3 and images.dtype == "uint8" and labels.shape == images.shape[:1]
+        if not fits or labels.dtype.kind not in "iu":
+            raise ValueError(
+                f"{Path(path).name!r} has images {images.dtype}{list(images.shape)} and labels {labels.dtype}"
+                f"{list(labels.shape)}; expected images uint8[n, h, w] and labels of integers [n]"
+            )
+        if max(images.shape[1:]) > size:
+            raise ValueError(f"digits of {images.shape[1]}×{images.shape[2]} don't fit into size {size}; raise size")
+        self.size, self._images, self._labels = size, images, labels
+        for row in ((labels < 0) | (labels > 9)).nonzero()[0][:1]:
+            raise ValueError(f"{Path(path).name!r} has label {labels[row]} at row {row}; digits are 0 to 9")
+        width = len(str(len(images)))
+        self._finish([f"{row:0{width}}" for row in range(len(images))], f"digits {Path(path).name!r}")
+
+    @property
+    def identity(self) -> str:
+        return digest("digits", str(self.size), self._images.tobytes(), self._labels.tobytes())
+
+    def _fields(self, ordinal: int) -> dict[str, Any]:
+        digit = int(self._labels[ordinal])
+        name = DIGIT_NAMES[digit]
+        return {
+            "image": Lazy(lambda: self._draw(ordinal)),
+            "digit": digit,
+            "name": name,
+            "caption": f"handwritten digit {name}",
+        }
+
+    def _draw(self, ordinal: int) -> Any:
+        import numpy as np
+        from PIL import Image
+
+        ink = self._images[ordinal]
+        paper = np.full((self.size, self.size), 255, np.uint8)
+        top, left = (self.size - ink.shape[0]) // 2, (self.size - ink.shape[1]) // 2
+        paper[top : top + ink.shape[0], left : left + ink.shape[1]] -= ink
+        return Image.fromarray(paper).convert("RGB")
+
+
+def load_arrays(path: Path, names: tuple[str, ...], max_bytes: int = 1 << 31) -> dict[str, Any]:
+    """Named arrays of an `.npz`, never unpickled. Sizes are checked against the headers before memory is taken.
+
+    Raises `ValueError` for a missing, damaged or oversized file or a missing array.
+    """
+    import numpy as np
+
+    if not path.is_file():
+        raise ValueError(f"{str(path)!r} is missing; give the path of an .npz file")
+    out = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            sizes = {info.filename: info.file_size for info in archive.infolist()}
+            for name in names:
+                member = f"{name}.npy"
+                if member not in sizes:
+                    raise ValueError(f"it has no array {name!r}, but {sorted(sizes)}")
+                if sizes[member] > max_bytes:
+                    raise ValueError(f"array {name!r} has {sizes[member]:,} bytes; at most {max_bytes:,} are read")
+                with archive.open(member) as file:
+                    data = file.read(sizes[member] + 1)
+                buffer = io.BytesIO(data)
+                version = np.lib.format.read_magic(buffer)
+                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                shape, _, dtype = read(buffer)
+                if dtype.hasobject or math.prod(shape) * dtype.itemsize != len(data) - buffer.tell():
+                    raise ValueError(f"array {name!r} doesn't hold the {dtype}{list(shape)} that its header promises")
+                out[name] = np.load(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
+        raise ValueError(f"{path.name!r} can't be used as an .npz file: {error}") from error
+    return out

@@ -1,0 +1,207 @@
+"""`model.json`: what a checkpoint says about its model, written, checked and turned into objects.
+
+The file names plug-ins and their arguments, so it decides which classes are constructed, and it may come from a
+stranger. Classes are found only among this project's plug-ins and installed ones, and only subclasses of the contract
+that the place wants. Values are plain and bounded. What is refused is refused with one sentence, a `ValueError`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import math
+import re
+from collections.abc import Callable, Mapping
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from mm import plugins, safe_io
+
+Kind = Literal["tokenizers", "heads", "orders"]
+T = TypeVar("T")
+
+FORMAT, VERSION = "mm.model", 1
+CONFIG = "model.json"
+CONTRACTS = {"tokenizers": "ModalityTokenizer", "heads": "Head", "orders": "Order"}
+NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
+MAX_INTEGER, MAX_STRING, MAX_ITEMS, MAX_DEPTH = 1 << 24, 4096, 4096, 6
+
+
+# --- writing --------------------------------------------------------------------------------------------------------
+
+
+def describe(kind: Kind, plugin: Any, place: str) -> dict[str, Any]:
+    """A plug-in as its class and its constructor's arguments. `place` names it in messages."""
+    values = {name: plain(value, f"{place}: {name}") for name, value in plugin.arguments().items()}
+    return {"class_path": class_path(kind, type(plugin), place), "init_args": values}
+
+
+def class_path(kind: Kind, cls: type, place: str) -> str:
+    """The short name of a plug-in, or the path of a class of `mm.testing`: what `find_class` finds again."""
+    module, short = cls.__module__, cls.__module__.rpartition(".")[2]
+    if module == f"mm.{kind}.{short}" and short in plugins.available(kind) and plugins.load(kind, short) is cls:
+        return short
+    for point in entry_points(group=f"mm.{kind}"):
+        if point.value.replace(" ", "") == f"{module}:{cls.__qualname__}":
+            return point.name
+    if _ours(kind, module) and cls.__qualname__ == cls.__name__:
+        return f"{module}.{cls.__name__}"
+    raise ValueError(
+        f"{place} is of class {module}.{cls.__qualname__}, which no checkpoint may name; install it as a plug-in "
+        f"(an entry point in the group mm.{kind})"
+    )
+
+
+def plain(value: Any, place: str, depth: int = 0) -> Any:
+    """A value as JSON holds it, within bounds. The same rule judges what is written and what is read."""
+    if depth > MAX_DEPTH:
+        raise ValueError(f"{place} is nested deeper than {MAX_DEPTH} levels")
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int):
+        if abs(value) > MAX_INTEGER:
+            raise ValueError(f"{place} is {_short(value)}; whole numbers of a checkpoint stay within ±{MAX_INTEGER:,}")
+        return value
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f"{place} is {value}; a checkpoint holds finite numbers")
+        return value
+    if isinstance(value, str):
+        if len(value) > MAX_STRING or "/" in value or "\\" in value or ".." in value:
+            raise ValueError(
+                f"{place} is {_short(value)!r}, which looks like a path; a checkpoint is complete in itself, "
+                "so a tokenizer that needs files must have save() and from_directory()"
+            )
+        return value
+    if isinstance(value, list | tuple):
+        if len(value) > MAX_ITEMS:
+            raise ValueError(f"{place} has {len(value)} entries; a checkpoint holds at most {MAX_ITEMS}")
+        return [plain(item, place, depth + 1) for item in value]
+    if isinstance(value, Mapping):
+        if len(value) > MAX_ITEMS or not all(isinstance(key, str) for key in value):
+            raise ValueError(f"{place} needs at most {MAX_ITEMS} keys, all of them text")
+        return {key: plain(item, f"{place}.{_short(key)}", depth + 1) for key, item in value.items()}
+    raise ValueError(f"{place} is a {type(value).__name__}; a checkpoint holds numbers, text, lists and objects")
+
+
+def _short(value: object) -> str:
+    try:
+        return str(value)[:80]
+    except ValueError:  # Python refuses to print integers of thousands of digits
+        return "a number of thousands of digits"
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The description of a checkpoint folder; every field that is used has its type and lies within bounds."""
+    from mm.backbone import BackboneConfig
+
+    file = safe_io.inside(folder, CONFIG)
+    config = safe_io.read_json(file)
+    if config.get("format") != FORMAT or config.get("version") != VERSION:
+        raise ValueError(
+            f"{str(file)!r} has format {_short(config.get('format'))!r} version {_short(config.get('version'))}; "
+            f"this version reads {FORMAT!r} version {VERSION}"
+        )
+    check = _Checker(str(file))
+    check.types(config, "it", {"context": int, "backbone": dict, "modalities": list, "vocabulary": dict})
+    if not 1 <= config["context"] <= MAX_INTEGER:
+        raise ValueError(f"{str(file)!r} has a context of {_short(config['context'])}; expected 1 to {MAX_INTEGER:,}")
+    kinds = {"int": int, "float": float, "bool": bool}
+    backbone, settings = config["backbone"], {f.name: kinds[str(f.type)] for f in dataclasses.fields(BackboneConfig)}
+    check.types(backbone, "the backbone", settings)
+    check.names(backbone, "the backbone", set(settings))
+    sizes = [value for value in backbone.values() if isinstance(value, int)]
+    if min(sizes) < 0 or max(sizes) > 1 << 20 or not 0 < backbone["layers"] <= 4096 or not backbone["heads"]:
+        raise ValueError(f"{str(file)!r} describes a backbone of impossible size: {_short(backbone)}")
+    if not 0 < len(config["modalities"]) <= 30:
+        raise ValueError(f"{str(file)!r} has {len(config['modalities'])} modalities; expected 1 to 30")
+    parts = {"tokenizer": dict, "head": dict, "order": dict}
+    for entry in config["modalities"]:
+        check.types(entry, "a modality", {"name": str, "weight": float, **parts})
+        if not NAME.fullmatch(entry["name"]):
+            raise ValueError(f"{str(file)!r} has a modality {_short(entry['name'])!r}; expected letters, digits and _")
+        for part in parts:
+            place = f"the {part} of {entry['name']!r}"
+            check.types(entry[part], place, {"class_path": str})
+            check.names(entry[part], place, {"class_path", "folder" if "folder" in entry[part] else "init_args"})
+    entries = config["vocabulary"].get("modalities")
+    for entry in entries if isinstance(entries, list) else [entries]:
+        check.types(entry, "the vocabulary", {"name": str, "fingerprint": str})
+    return config
+
+
+class _Checker:
+    """Types and names of JSON values, refused by name."""
+
+    def __init__(self, file: str) -> None:
+        self.file = file
+
+    def types(self, value: Any, place: str, wanted: Mapping[str, type]) -> None:
+        if not isinstance(value, dict):
+            raise ValueError(f"{self.file!r}: {place} is a {type(value).__name__}, expected an object")
+        for name, kind in wanted.items():
+            got = value.get(name)
+            fits = isinstance(got, int | float) if kind is float else isinstance(got, kind)
+            if not fits or (isinstance(got, bool) and kind is not bool):
+                raise ValueError(
+                    f"{self.file!r}: {name} of {place} is {_short(got)!r}, expected {kind.__name__}; "
+                    "the file is damaged"
+                )
+
+    def names(self, value: Mapping[str, Any], place: str, known: set[str]) -> None:
+        if unknown := sorted(set(value) - known):
+            raise ValueError(f"{self.file!r}: {place} has unknown settings: {_short(', '.join(unknown))}")
+
+
+def find_class(kind: Kind, name: str, place: str) -> Any:
+    """The plug-in class of a short name, or of a path that `class_path` wrote."""
+    if "." not in name:
+        return plugins.load(kind, name)
+    module, _, attribute = name.rpartition(".")
+    contract = getattr(importlib.import_module("mm.interfaces"), CONTRACTS[kind])
+    found = None
+    if _ours(kind, module) and attribute.isidentifier():
+        try:
+            found = getattr(importlib.import_module(module), attribute, None)
+        except ImportError:
+            found = None
+    if not (inspect.isclass(found) and issubclass(found, contract) and found.__module__ == module):
+        raise ValueError(
+            f"{place} is {_short(name)!r}, which is no {contract.__name__} of this project and no installed plug-in; "
+            "it is not loaded"
+        )
+    return found
+
+
+def _ours(kind: Kind, module: str) -> bool:
+    """Modules whose classes a checkpoint may name by path: importing any other runs code that has no part in models."""
+    return module == "mm.testing" or re.fullmatch(rf"mm\.{kind}\.[a-z][a-z0-9_]*", module) is not None
+
+
+def construct(kind: Kind, described: Mapping[str, Any], place: str) -> Any:
+    """The plug-in that `describe` described."""
+    cls = find_class(kind, described["class_path"], place)
+    if hasattr(cls, "from_directory"):
+        raise ValueError(f"{place}, {described['class_path']!r}, is kept in a folder, but the checkpoint names none")
+    values = plain(described.get("init_args", {}), place)
+    if not isinstance(values, dict):
+        raise ValueError(f"{place}: init_args is a {type(values).__name__}, expected an object")
+    try:
+        inspect.signature(cls.__init__).bind(None, **values)
+    except TypeError as error:
+        raise ValueError(f"{place}, {described['class_path']!r}, {error}; it is of another version") from error
+    return attempt(lambda: cls(**values), place)
+
+
+def attempt(make: Callable[[], T], place: str) -> T:
+    """What `make` makes of a stranger's values; whatever it raises becomes a `ValueError`."""
+    try:
+        return make()
+    except Exception as error:
+        reason = str(error).strip().splitlines()
+        raise ValueError(f"{place} can't be made: {reason[0] if reason else type(error).__name__}") from error

@@ -1,0 +1,175 @@
+"""Pictures from strangers: one loader that bounds what it decodes and always returns the same kind of picture."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+if TYPE_CHECKING:  # Pillow is imported where it is used, so that `import mm` stays fast
+    from PIL import Image
+
+MAX_PIXELS = 1 << 26
+"""Largest width × height that is decoded (8192 × 8192)."""
+MAX_BYTES = 1 << 28
+"""Largest file that is read (256 MiB)."""
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+"""What is tried. Left out on purpose: formats whose reader starts other programs (EPS) or that are not pictures."""
+EXTENSIONS = frozenset(
+    ("png", "apng", "jpg", "jpeg", "jpe", "jfif", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "pbm", "avif")
+)
+"""File name endings (lower case, no dot) that folders and shards take for pictures."""
+
+ORIENTATION_TAG = 0x0112
+
+
+def load_image(
+    source: str | os.PathLike[str] | bytes | IO[bytes] | Image.Image,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    max_bytes: int = MAX_BYTES,
+) -> Image.Image:
+    """A picture as 8-bit RGB, upright, with transparency composited over white.
+
+    Takes a path, the bytes of a file, an open binary file or a PIL picture. Any size from 1×1 to `max_pixels`; CMYK,
+    palette, grey and 16-bit pictures are converted (16 bits keep their upper 8), of an animation the first frame is
+    taken, EXIF orientation is applied. Sizes are checked against the header before anything is decoded; Pillow's
+    own process-wide limit (`PIL.Image.MAX_IMAGE_PIXELS`) applies too and is left as it is.
+
+    Raises `ValueError`, one sentence, for a file that is missing, too large, truncated or not a picture.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    if isinstance(source, Image.Image):
+        name = "the picture"
+        _check_size(name, source.size, max_pixels)
+        return _to_rgb(source, name)
+    name, data = _read(source, max_bytes)
+    try:
+        picture = Image.open(io.BytesIO(data), formats=FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        count = re.search(r"\d+", str(error))
+        pixels = f"{int(count[0]):,}" if count else "too many"
+        raise ValueError(
+            f"{name} has {pixels} pixels, but at most {max_pixels:,} are decoded; scale it down before loading it"
+        ) from error
+    except Exception as error:  # a parser fed with a stranger's bytes may raise anything
+        detail = "" if isinstance(error, UnidentifiedImageError) else f": {_short(error)}"
+        raise ValueError(f"{name} is damaged or not a picture (known: {', '.join(FORMATS)}){detail}") from error
+    with picture:
+        _check_size(name, picture.size, max_pixels)
+        try:
+            picture.load()
+        except Exception as error:
+            raise ValueError(f"{name} is truncated or damaged ({picture.format}): {_short(error)}") from error
+        return _to_rgb(picture, name)
+
+
+def _read(source: str | os.PathLike[str] | bytes | IO[bytes], max_bytes: int) -> tuple[str, bytes]:
+    """What to call the picture in a message, and its bytes."""
+    if isinstance(source, bytes | bytearray | memoryview):
+        name, data = "the picture", bytes(source)
+    elif isinstance(source, str | os.PathLike):
+        path = Path(source)
+        name = f"the picture {str(path)!r}"
+        if not path.is_file():
+            problem = "not a file" if path.exists() else "missing"
+            raise ValueError(f"{name} is {problem}; give the path of a picture file")
+        try:
+            with path.open("rb") as file:
+                data = file.read(max_bytes + 1)
+        except OSError as error:
+            raise ValueError(f"{name} can't be read: {_short(error)}") from error
+    elif hasattr(source, "read"):
+        name, data = "the picture", source.read(max_bytes + 1)
+        if not isinstance(data, bytes):
+            raise ValueError("the picture comes from a file opened as text; open it in binary mode ('rb')")
+    else:
+        raise ValueError(
+            f"got a {type(source).__name__} for a picture; give a path, bytes, a binary file or a PIL picture"
+        )
+    if not data:
+        raise ValueError(f"{name} is an empty file")
+    if len(data) > max_bytes:
+        raise ValueError(f"{name} is larger than {max_bytes:,} bytes; give a smaller file or raise max_bytes")
+    return name, data
+
+
+def _check_size(name: str, size: tuple[int, int], max_pixels: int) -> None:
+    width, height = size
+    if width < 1 or height < 1:
+        raise ValueError(f"{name} is {width}×{height}, so it has no pixels; give at least 1×1")
+    if width * height > max_pixels:
+        raise ValueError(
+            f"{name} is {width}×{height} = {width * height:,} pixels, but at most {max_pixels:,} are decoded; "
+            "scale it down or raise max_pixels"
+        )
+
+
+def _to_rgb(picture: Image.Image, name: str) -> Image.Image:
+    from PIL import Image
+
+    try:
+        picture = _upright(picture)
+        if picture.mode == "I" or picture.mode.startswith("I;16"):
+            out = _from_16_bit(picture, name)
+        elif picture.mode == "F":
+            raise ValueError(f"{name} holds floating-point values, whose range is unknown; save it with 8 or 16 bits")
+        elif picture.has_transparency_data:
+            rgba = picture.convert("RGBA")
+            out = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+        else:
+            out = picture.convert("RGB")
+    except ValueError as error:
+        if str(error).startswith(name):
+            raise
+        raise ValueError(f"{name} has colour mode {picture.mode!r}, which can't become RGB: {_short(error)}") from error
+    except Exception as error:
+        raise ValueError(f"{name} is truncated or damaged: {_short(error)}") from error
+    if out is picture:
+        out = picture.copy()
+    out.info = {}
+    return out
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    """Apply EXIF orientation. Damaged EXIF is common and harmless: the picture is then taken as it is stored."""
+    from PIL import Image
+
+    try:
+        orientation = picture.getexif().get(ORIENTATION_TAG, 1)
+    except Exception:
+        return picture
+    moves = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_270,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_90,
+    }
+    move = moves.get(orientation) if isinstance(orientation, int) else None
+    return picture if move is None else picture.transpose(move)
+
+
+def _from_16_bit(picture: Image.Image, name: str) -> Image.Image:
+    """Upper 8 of 16 bits. Pillow's own conversion clips at 255 instead, which turns most pictures white."""
+    import numpy as np
+    from PIL import Image
+
+    values = np.asarray(picture).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError(f"{name} holds values beyond 0..65535, whose range is unknown; save it with 8 or 16 bits")
+    grey = (values >> 8).astype(np.uint8)
+    transparent = picture.info.get("transparency")
+    if isinstance(transparent, int):
+        grey[values == transparent] = 255
+    return Image.fromarray(grey).convert("RGB")
+
+
+def _short(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return (text[0][:200] if text else type(error).__name__).rstrip(".")

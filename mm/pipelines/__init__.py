@@ -1,0 +1,1 @@
+"""Pipelines: a checkpoint, one call, what was asked for. `mm.TextToImagePipeline` and its siblings."""

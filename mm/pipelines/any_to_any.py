@@ -1,0 +1,91 @@
+"""Text and pictures in, text and pictures out, in any order that the model was trained for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+
+from mm.generation import Request
+from mm.interfaces import Sampling
+from mm.layout import Segment
+from mm.pipelines.base import Callback, Pipeline, check_count, choose_seed
+from mm.pipelines.outputs import AnyOutput
+
+Part = str | os.PathLike[str] | Image.Image
+"""A text (str), or a picture: the path of a file as `pathlib.Path`, or a PIL picture."""
+Document = str | Image.Image | Sequence[Part]
+
+
+class AnyToAnyPipeline(Pipeline):
+    """`pipeline(["a cat:", Path("cat.png"), "and a dog:"], to=["image"]).documents[0]`."""
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        document: Document | Sequence[Sequence[Part]],
+        *,
+        to: Sequence[str] = (),
+        free: bool = True,
+        max_tokens: int = 256,
+        sampling: Mapping[str, Sampling] | None = None,
+        seed: int | None = None,
+        generator: torch.Generator | None = None,
+        callback: Callback | None = None,
+    ) -> AnyOutput:
+        """Continue one document, or several (a list of lists).
+
+        Args:
+            document: texts and pictures in reading order. Strings are text; give paths as `pathlib.Path`.
+            to: modalities of which one item each is generated first, whatever the model would have opened.
+            free: the model may open pictures by itself; otherwise it writes text only (after `to`).
+            max_tokens: positions generated at the most (after `to`).
+            sampling: by modality, where it differs from what the checkpoint recommends.
+            seed, generator, callback: as for `TextToImagePipeline`.
+
+        Raises:
+            ValueError: an empty document, a modality that the model lacks, or more than its context holds.
+        """
+        seed = choose_seed(seed, generator)
+        check_count("max_tokens", max_tokens)
+        items = []
+        for name in to:
+            grid = self.model.vocabulary[name].max_grid
+            if not grid:
+                raise ValueError(f"{name!r} has no items of a fixed size to begin with; text is written anyway")
+            items.append((name, grid))
+        chosen = {name: self.sampling(name, {}) for name in self.model.vocabulary.index} | dict(sampling or {})
+        for name in chosen:
+            self.model.vocabulary[name]  # refuses a modality that the model lacks
+        requests = [
+            Request(prompt=prompt, items=items, free=free, max_tokens=max_tokens, by_modality=chosen)
+            for prompt in self.encode(documents(document))
+        ]
+        return AnyOutput([self.decode(segments) for segments in self.run(requests, seed, callback)], seed)
+
+    def encode(self, documents: Sequence[Sequence[Part]]) -> list[list[Segment]]:
+        """Documents as segments; all pictures of all documents are encoded together."""
+        if any(not document for document in documents):
+            raise ValueError("the document is empty; give at least one text or picture")
+        parts = [part for document in documents for part in document]
+        pictures = iter(self.encode_pictures([part for part in parts if not isinstance(part, str)]))
+        return [
+            [self.encode_text(part) if isinstance(part, str) else next(pictures) for part in document]
+            for document in documents
+        ]
+
+    def decode(self, segments: Sequence[Segment]) -> list[Any]:
+        """The parts of one generated document: strings and what the other modalities' tokenizers decode to."""
+        return [self.decode_items(segment.modality, [segment.content])[0] for segment in segments]
+
+
+def documents(document: Any) -> list[Sequence[Part]]:
+    """One document or several, as several."""
+    if isinstance(document, list | tuple):
+        if document and all(isinstance(part, list | tuple) for part in document):
+            return list(document)
+        return [document]
+    return [[document]]

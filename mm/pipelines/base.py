@@ -1,0 +1,193 @@
+"""What all pipelines share: a model with its recommended sampling, seeds that mean one thing in any batch, batches of
+bounded size."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, Self, TypedDict
+
+import torch
+from PIL import Image
+from torch import nn
+
+from mm import hub
+from mm.generation import Engine, Event, Request
+from mm.interfaces import Encoded, ModalityTokenizer, Sampling
+from mm.layout import Segment
+from mm.media import load_image
+from mm.model import MultimodalModel
+
+Callback = Callable[[Event], None]
+Picture = str | os.PathLike[str] | Image.Image
+"""A path or a PIL picture."""
+
+
+class SamplingOptions(TypedDict, total=False):
+    """Fields of `mm.interfaces.Sampling`, as keywords of a pipeline's call. What isn't given is what the checkpoint
+    recommends, or else that class's default."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    steps: int
+    guidance: float
+    guidance_schedule: Literal["constant", "ramp"]
+    guidance_interval: tuple[float, float]
+
+
+class Pipeline:
+    """A model and how to use it.
+
+    Args:
+        model: a model whose first modality is text.
+        sampling: recommended sampling by modality.
+        batch_size: rows that are generated at once; more are generated batch after batch.
+    """
+
+    def __init__(
+        self, model: MultimodalModel, sampling: Mapping[str, Sampling] | None = None, batch_size: int = 32
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        self.model, self.recommended, self.batch_size = model.eval(), dict(sampling or {}), batch_size
+
+    @classmethod
+    def from_pretrained(
+        cls, path_or_name: str | os.PathLike[str] = "mm-tiny", device: torch.device | str = "cpu"
+    ) -> Self:
+        """A pipeline with the model of a checkpoint: the name of one that is shipped, a folder, or a hub name.
+
+        Raises `ValueError` as `mm.hub.load_pretrained`.
+        """
+        folder = hub.resolve(path_or_name)
+        return cls(hub.load_pretrained(folder), hub.load_sampling(hub.read_config(folder))).to(device)
+
+    def save_pretrained(
+        self,
+        path: str | os.PathLike[str],
+        card: str | None = None,
+        *,
+        storage: Literal["float32", "float16"] = "float32",
+    ) -> Path:
+        """Write a checkpoint folder that `from_pretrained` reads; see `mm.hub.save_pretrained`."""
+        return hub.save_pretrained(self.model, path, card, storage=storage, sampling=self.recommended)
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move model and tokenizers."""
+        self.model.to(device)
+        for modality in self.model.modalities:
+            if isinstance(modality.tokenizer, nn.Module):
+                modality.tokenizer.to(device)
+        return self
+
+    # --- the model's modalities -----------------------------------------------------------------------------------
+
+    @property
+    def text(self) -> str:
+        """Name of the host modality."""
+        return self.model.vocabulary.host.name
+
+    @property
+    def picture(self) -> str:
+        """Name of the first modality whose items have rows and columns. Raises `ValueError` where there is none."""
+        for entry in self.model.vocabulary.entries:
+            if len(entry.max_grid) == 2:
+                return entry.name
+        names = ", ".join(self.model.vocabulary.index)
+        raise ValueError(f"this model has no modality of pictures; it has {names}")
+
+    def tokenizer(self, name: str) -> ModalityTokenizer:
+        return self.model.modalities[self.model.vocabulary.index[name]].tokenizer
+
+    def sampling(self, name: str, options: Mapping[str, Any], fallback: Sampling | None = None) -> Sampling:
+        """Sampling of a modality: what the call says, else what the checkpoint recommends, else `fallback`."""
+        return replace(self.recommended.get(name, fallback or Sampling()), **options)
+
+    # --- shared steps -----------------------------------------------------------------------------------------------
+
+    def encode_text(self, text: str) -> Segment:
+        """A given text. Raises `ValueError` for what isn't text."""
+        if not isinstance(text, str):
+            raise ValueError(f"got a {type(text).__name__} for a text; give a string")
+        return Segment(self.text, self.tokenizer(self.text).encode(text), loss=False)
+
+    def encode_pictures(self, pictures: Sequence[Picture]) -> list[Segment]:
+        """Given pictures. Raises `ValueError` for what can't be loaded."""
+        if not pictures:
+            return []
+        loaded = [load_image(picture) for picture in pictures]
+        tokenizer = self.tokenizer(self.picture)
+        encoded = [
+            item
+            for start in range(0, len(loaded), self.batch_size)
+            for item in tokenizer.encode_batch(loaded[start : start + self.batch_size])
+        ]
+        return [Segment(self.picture, item, loss=False) for item in encoded]
+
+    def decode_items(self, name: str, items: Sequence[Encoded]) -> list[Any]:
+        """Raw data of generated items of one modality."""
+        tokenizer = self.tokenizer(name)
+        return [
+            decoded.value
+            for start in range(0, len(items), self.batch_size)
+            for decoded in tokenizer.decode_batch(list(items[start : start + self.batch_size]))
+        ]
+
+    def run(self, requests: Sequence[Request], seed: int, callback: Callback | None = None) -> list[list[Segment]]:
+        """Segments that the engine generates for each request, batch after batch. Seeds of the requests are replaced:
+        they follow from `seed`, the prompt, and how many rows before had this prompt, so neither the other prompts
+        nor the batch size change a result, and equal prompts give different ones. `callback` sees each step; `row`
+        counts through all batches."""
+        seen: Counter[bytes] = Counter()
+        seeded = []
+        for request in requests:
+            key = _digest(request.prompt)
+            seeded.append(replace(request, seed=_derive(seed, key, seen[key])))
+            seen[key] += 1
+        engine = Engine(self.model)
+        out = []
+        for start in range(0, len(seeded), self.batch_size):
+            on_step = None if callback is None else _shifted(callback, start)
+            out += engine.generate(seeded[start : start + self.batch_size], on_step)
+        return out
+
+
+def choose_seed(seed: int | None, generator: torch.Generator | None) -> int:
+    """The seed of a call: given, drawn from the given generator, or from torch's global one."""
+    if seed is not None and generator is not None:
+        raise ValueError("got both seed and generator; give one of them")
+    if seed is None:
+        return int(torch.randint(1 << 31, (), generator=generator, device=generator.device if generator else "cpu"))
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 63:
+        raise ValueError(f"seed must be a whole number from 0 to 2^63 - 1, got {seed!r}")
+    return seed
+
+
+def check_count(name: str, value: int) -> int:
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return value
+
+
+def _digest(prompt: Sequence[Segment]) -> bytes:
+    digest = hashlib.sha256()
+    for segment in prompt:
+        digest.update(f"{segment.modality}\0".encode())
+        if isinstance(segment.content, Encoded):
+            content = segment.content.content.detach().cpu().contiguous()
+            digest.update(f"{segment.content.grid}\0{content.dtype}\0".encode() + content.numpy().tobytes())
+    return digest.digest()
+
+
+def _derive(seed: int, key: bytes, number: int) -> int:
+    derived = hashlib.sha256(seed.to_bytes(8, "little") + number.to_bytes(8, "little") + key).digest()
+    return int.from_bytes(derived[:8], "little") >> 1
+
+
+def _shifted(callback: Callback, start: int) -> Callback:
+    return lambda event: callback(replace(event, row=event.row + start))

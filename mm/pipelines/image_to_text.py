@@ -1,0 +1,93 @@
+"""Pictures → text: captions, or any text that a model was trained to write after a picture."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Unpack
+
+import torch
+from PIL import Image
+
+from mm.generation import Request
+from mm.interfaces import Encoded, Sampling
+from mm.layout import Segment
+from mm.pipelines.base import Callback, Picture, Pipeline, SamplingOptions, check_count, choose_seed
+from mm.pipelines.outputs import TextOutput
+
+
+class ImageToTextPipeline(Pipeline):
+    """`pipeline("apple.png").texts`, or step by step: `encode`, `generate`, `decode`."""
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        image: Picture | Sequence[Picture],
+        *,
+        prompt: str = "",
+        num_texts: int = 1,
+        max_tokens: int = 128,
+        seed: int | None = None,
+        generator: torch.Generator | None = None,
+        callback: Callback | None = None,
+        **sampling: Unpack[SamplingOptions],
+    ) -> TextOutput:
+        """Texts for one picture or several. By default the likeliest token each time (temperature 0).
+
+        Args:
+            image: paths or PIL pictures.
+            prompt: how the text begins; it is not repeated in the output.
+            num_texts: texts a picture; more than one need a temperature above 0.
+            max_tokens: the longest text, in tokens.
+            seed, generator, callback, sampling: as for `TextToImagePipeline`.
+
+        Raises:
+            ValueError: a picture that can't be loaded, or settings that make no sense for text.
+        """
+        seed = choose_seed(seed, generator)
+        images = [image] if isinstance(image, str | os.PathLike | Image.Image) else list(image)
+        chosen = self.sampling(self.text, sampling, Sampling(temperature=0.0))
+        if num_texts > 1 and chosen.temperature == 0:
+            raise ValueError(f"num_texts={num_texts} at temperature 0 gives equal texts; set temperature above 0")
+        if chosen.guidance != 1:
+            raise ValueError(f"text is generated without guidance; leave guidance out, got {chosen.guidance}")
+        tokens = self.generate(
+            self.encode(images, prompt),
+            num_texts=num_texts,
+            max_tokens=max_tokens,
+            sampling=chosen,
+            seed=seed,
+            callback=callback,
+        )
+        return TextOutput(self.decode(tokens), tokens, seed)
+
+    def encode(self, images: Sequence[Picture], prompt: str = "") -> list[list[Segment]]:
+        """Each picture as the beginning of a document, and the text that `prompt` begins."""
+        beginning = [self.encode_text(prompt)] if prompt else []
+        return [[segment, *beginning] for segment in self.encode_pictures(images)]
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[Sequence[Segment]],
+        *,
+        num_texts: int = 1,
+        max_tokens: int = 128,
+        sampling: Sampling | None = None,
+        seed: int = 0,
+        callback: Callback | None = None,
+    ) -> list[Encoded]:
+        """Tokens of `num_texts` texts for each encoded picture."""
+        check_count("num_texts", num_texts)
+        check_count("max_tokens", max_tokens)
+        requests = [
+            Request(prompt=prompt, max_tokens=max_tokens, sampling=sampling or Sampling(temperature=0.0))
+            for prompt in prompts
+            for _ in range(num_texts)
+        ]
+        nothing = Encoded(grid=(0,), ids=torch.zeros(0, dtype=torch.int64))
+        return [segments[-1].content if segments else nothing for segments in self.run(requests, seed, callback)]
+
+    def decode(self, tokens: Sequence[Encoded]) -> list[str]:
+        """Texts; bytes that are no text become U+FFFD."""
+        return self.decode_items(self.text, tokens)

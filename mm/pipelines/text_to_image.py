@@ -1,0 +1,154 @@
+"""Text → pictures; also pictures of which a part is given (inpainting, completion)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Unpack
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from PIL import Image
+from torch import Tensor
+
+from mm.generation import Request
+from mm.interfaces import Encoded, Sampling
+from mm.layout import NULL, Segment
+from mm.media import load_image
+from mm.pipelines.base import Callback, Picture, Pipeline, SamplingOptions, check_count, choose_seed
+from mm.pipelines.outputs import ImageOutput
+
+Known = tuple[Tensor, Tensor]
+
+
+class TextToImagePipeline(Pipeline):
+    """`pipeline("red apple", num_images=4, seed=0).images`, or step by step: `encode`, `generate`, `decode`."""
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str | None] | None,
+        *,
+        num_images: int = 1,
+        image: Picture | None = None,
+        mask: Picture | None = None,
+        seed: int | None = None,
+        generator: torch.Generator | None = None,
+        callback: Callback | None = None,
+        **sampling: Unpack[SamplingOptions],
+    ) -> ImageOutput:
+        """Pictures for one prompt or several.
+
+        Args:
+            prompt: what the pictures show; None: anything.
+            num_images: pictures a prompt.
+            image: a picture of which a part is kept, together with `mask`.
+            mask: white (or any bright value) where the picture is to be drawn anew, black where it is kept.
+            seed: the n-th picture of a prompt depends on the seed alone, not on the other prompts.
+            generator: where the seed is drawn from, if none is given.
+            callback: called with `mm.generation.Event` after every step of every row.
+            sampling: fields of `mm.interfaces.Sampling`.
+
+        Raises:
+            ValueError: an empty prompt, one that the context can't hold, a picture that can't be loaded, or a mask
+                that the model's order can't honour (raster order keeps the upper part only).
+        """
+        seed = choose_seed(seed, generator)
+        prompts = [prompt] if prompt is None or isinstance(prompt, str) else list(prompt)
+        known = None
+        if image is not None and mask is not None:
+            known = self.known(image, mask)
+        elif image is not None or mask is not None:
+            raise ValueError(
+                "inpainting needs both image and mask (white where it is drawn anew); give both or neither"
+            )
+        tokens = self.generate(
+            self.encode(prompts),
+            num_images=num_images,
+            sampling=self.sampling(self.picture, sampling),
+            seed=seed,
+            known=known,
+            callback=callback,
+        )
+        captions = [text or "" for text in prompts for _ in range(num_images)]
+        return ImageOutput(self.decode(tokens), captions, tokens, seed)
+
+    def encode(self, prompts: Sequence[str | None]) -> list[list[Segment]]:
+        """Each prompt as the beginning of a document; None is the null condition."""
+        documents = []
+        for prompt in prompts:
+            if prompt is not None and isinstance(prompt, str) and not prompt.strip():
+                raise ValueError("the prompt is empty; say what the picture shows, or give None for any picture")
+            documents.append([Segment(NULL, None, loss=False) if prompt is None else self.encode_text(prompt)])
+        return documents
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[Sequence[Segment]],
+        *,
+        num_images: int = 1,
+        grid: tuple[int, int] | None = None,
+        sampling: Sampling | None = None,
+        seed: int = 0,
+        known: Known | None = None,
+        callback: Callback | None = None,
+    ) -> list[Encoded]:
+        """Tokens of `num_images` pictures for each encoded prompt. `grid`: rows and columns of tokens, by default the
+        largest that the tokenizer knows; `known`: what `known` returned."""
+        check_count("num_images", num_images)
+        rows, columns = grid or self._grid
+        requests = [
+            Request(
+                prompt=prompt,
+                items=[(self.picture, (rows, columns))],
+                text=False,
+                sampling=sampling or self.sampling(self.picture, {}),
+                known=known,
+            )
+            for prompt in prompts
+            for _ in range(num_images)
+        ]
+        return [segments[-1].content for segments in self.run(requests, seed, callback)]
+
+    def decode(self, tokens: Sequence[Encoded]) -> list[Image.Image]:
+        """RGB pictures."""
+        return self.decode_items(self.picture, tokens)
+
+    def preview(self, content: Int[Tensor, " n"], grid: tuple[int, int] | None = None) -> Image.Image:
+        """A picture of what an event of the callback holds: elements that aren't generated yet are 0."""
+        rows, columns = grid or self._grid
+        ids = torch.zeros(rows * columns, dtype=torch.int64)
+        ids[: len(content)] = content[: len(ids)]
+        return self.decode([Encoded(grid=(rows, columns), ids=ids)])[0]
+
+    def known(self, image: Picture, mask: Picture) -> tuple[Tensor, Bool[Tensor, " N"]]:
+        """Tokens of a picture and which of them are kept: those under which no pixel of the mask is bright.
+
+        Both are brought to one size and put on a square (the kept border is white), so that mask and tokens fit
+        whatever the tokenizer does with other shapes.
+        """
+        picture, area = load_image(image), load_image(mask).convert("L")
+        if area.size != picture.size:
+            raise ValueError(f"the mask has {area.size} pixels, the picture {picture.size}; give them one size")
+        side = max(picture.size)
+        corner = ((side - picture.width) // 2, (side - picture.height) // 2)
+        square, drawn = Image.new("RGB", (side, side), "white"), Image.new("L", (side, side), 0)
+        square.paste(picture, corner)
+        drawn.paste(area, corner)
+        encoded = self.tokenizer(self.picture).encode(square)
+        rows, columns = encoded.grid
+        bright = np.asarray(drawn) > 127
+        by_row = np.stack([bright[slice(*_span(n, rows, side))].any(0) for n in range(rows)])
+        cells = np.stack([by_row[:, slice(*_span(n, columns, side))].any(1) for n in range(columns)], axis=1)
+        return encoded.content, torch.from_numpy(~cells.flatten())
+
+    @property
+    def _grid(self) -> tuple[int, int]:
+        rows, columns = self.model.vocabulary[self.picture].max_grid
+        return rows, columns
+
+
+def _span(number: int, cells: int, side: int) -> tuple[int, int]:
+    """The pixels that a row or column of tokens covers, whole or in part."""
+    return number * side // cells, -(-(number + 1) * side // cells)

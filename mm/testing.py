@@ -1,0 +1,99 @@
+"""Tiny real parts for tests, debugging and documentation: no downloads, no training, milliseconds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from PIL import Image
+from torch import Tensor
+
+from mm.backbone import BackboneConfig
+from mm.interfaces import Decoded, Encoded, Modality, ModalityTokenizer, Order, Spec
+from mm.model import MultimodalModel
+from mm.stream import TokenStream
+
+
+class Palette(ModalityTokenizer):
+    """A picture as one id a pixel: the nearest of 8 colours (one bit a channel). Lossless on pictures of those."""
+
+    def __init__(self, side: int = 4) -> None:
+        self.side = side
+
+    @property
+    def spec(self) -> Spec:
+        return Spec(kind="discrete", vocab_size=8, max_grid=(self.side, self.side), fingerprint=f"palette-{self.side}")
+
+    def encode(self, raw: Image.Image) -> Encoded:
+        small = raw.convert("RGB")
+        if max(small.size) > self.side:
+            small = small.resize((self.side, self.side))
+        pixels = torch.tensor(list(small.tobytes())).view(small.height, small.width, 3)
+        ids = ((pixels > 127).long() * torch.tensor([4, 2, 1])).sum(-1)
+        return Encoded(grid=(small.height, small.width), ids=ids.flatten())
+
+    def decode(self, encoded: Encoded) -> Decoded:
+        assert encoded.ids is not None
+        bits = (encoded.ids[:, None] // torch.tensor([4, 2, 1])) % 2
+        pixels = (bits * 255).to(torch.uint8).view(*encoded.grid, 3)
+        return Decoded(value=Image.fromarray(pixels.numpy()))
+
+
+def stream(
+    order: Sequence[int], copy: Sequence[int] | None = None, document: Sequence[int] | None = None, **fields: Any
+) -> TokenStream:
+    """A stream by hand: one modality, ids 0, 1, 2 …, coordinates 0, 1, 2 … within each document, no targets; `fields`
+    replaces what differs."""
+    count = len(order)
+    belongs = torch.zeros(count, dtype=torch.int64) if document is None else torch.tensor(document, dtype=torch.int64)
+    place = torch.arange(count)
+    start = torch.searchsorted(belongs, belongs)
+    values: dict[str, Any] = {
+        "modality": torch.zeros(count, dtype=torch.int64),
+        "ids": place,
+        "document": belongs,
+        "order": torch.tensor(order, dtype=torch.int64),
+        "copy": torch.zeros(count, dtype=torch.int64) if copy is None else torch.tensor(copy, dtype=torch.int64),
+        "position": (place - start).float()[:, None].expand(-1, 3),
+        "time": torch.zeros(count),
+        "target": torch.full((count,), -1),
+        "weight": torch.zeros(count),
+    }
+    return TokenStream(**{**values, **fields})
+
+
+def rule(stream: TokenStream) -> Bool[Tensor, "T T"]:
+    """The visibility rule as a double loop over positions: the reference that every mask is held to."""
+    documents, orders, copies = stream.document.tolist(), stream.order.tolist(), stream.copy.tolist()
+    places = range(len(stream))
+    seen = [
+        [
+            documents[i] == documents[j]
+            and ((copies[j] == 0 and orders[j] < orders[i]) or (orders[j] == orders[i] and copies[j] == copies[i]))
+            for j in places
+        ]
+        for i in places
+    ]
+    return torch.tensor(seen, dtype=torch.bool).view(len(stream), len(stream))
+
+
+def tiny(
+    order: Order | None = None, *, seed: int = 0, side: int = 4, context: int = 256, **backbone: Any
+) -> MultimodalModel:
+    """A random model of text and palette pictures, a few thousand weights."""
+    from mm.plugins import load
+
+    torch.manual_seed(seed)
+    raster, lm = load("orders", "raster"), load("heads", "lm")
+    config = BackboneConfig(**{"width": 32, "layers": 2, "heads": 4, "kv_heads": 2, **backbone})
+    modalities = [
+        Modality(name="text", tokenizer=load("tokenizers", "text_bytes")(), head=lm(), order=raster()),
+        Modality(name="image", tokenizer=Palette(side), head=lm(), order=order or raster()),
+    ]
+    model = MultimodalModel(config, modalities, context=context)
+    for parameter in model.parameters():  # zero-initialised layers would hide mistakes
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval()

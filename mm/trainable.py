@@ -1,0 +1,51 @@
+"""What a lossy tokenizer offers so that `mm fit` can train it: the contract of `mm.training_tokenizer`."""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass
+from pathlib import Path
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from mm.interfaces import ModalityTokenizer
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """One pass there and back."""
+
+    output: Float[Tensor, "B ..."]
+    """As the input, not bounded."""
+    ids: Int[Tensor, "B ..."]
+    """Tokens of each example; sub-codes on the last axis."""
+    loss: Float[Tensor, ""]
+    """The quantiser's own losses, already weighted."""
+
+
+class TrainableTokenizer(ModalityTokenizer, nn.Module):
+    """A tokenizer with weights that are learned from data."""
+
+    @abc.abstractmethod
+    def reconstruct(self, batch: Float[Tensor, "B ..."]) -> Reconstruction:
+        """Encode, quantise and decode with gradients."""
+
+    def warm_start(self, batch: Float[Tensor, "B ..."]) -> None:  # noqa: B027 - optional
+        """Begin from what a closed form finds in this data, before the first step; the default does nothing."""
+
+    @abc.abstractmethod
+    def last_layer(self) -> Tensor:
+        """The weight that balances the adversarial loss against the others (Esser et al. 2021, equation 7)."""
+
+    @abc.abstractmethod
+    def synchronise(self, enabled: bool) -> None:
+        """Keep state that is not learned by gradients (codebooks) equal over the ranks of the process group."""
+
+    @abc.abstractmethod
+    def weights_changed(self) -> None:
+        """Forget what is cached of the weights (the fingerprint)."""
+
+    @abc.abstractmethod
+    def save(self, path: str | Path) -> None:
+        """Write the tokenizer into a directory, whole or not at all."""

@@ -1,0 +1,316 @@
+"""Training of a lossy tokenizer: reconstruction, structure, optional adversary; what is measured while it learns.
+
+`mm fit` reads it from YAML, the tokenizer itself by `class_path`:
+
+    model:
+      class_path: mm.training_tokenizer.TokenizerModule
+      init_args:
+        tokenizer: {class_path: mm.tokenizers.image_vq.ImageVQ, init_args: {size: 32}}
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, cast
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mm.reconstruction import (
+    PatchDiscriminator,
+    adaptive_weight,
+    gradient_loss,
+    hinge_loss,
+    psnr,
+    ssim_loss,
+    usage_and_perplexity,
+)
+from mm.trainable import TrainableTokenizer
+
+
+class TokenizerModule(L.LightningModule):
+    """Trains any `TrainableTokenizer` of pictures.
+
+    A batch is a `PictureBatch`-like pair: pictures (B, 3, H, W) in [−1, 1] and the source of each, by which the
+    validation figures are also split.
+
+    Args:
+        tokenizer: what is trained.
+        l1, l2: weights of the mean absolute and the mean squared error.
+        structural: weight of the structural loss, `structure` which one: differences at several scales, or 1 − SSIM.
+        adversarial: weight of the PatchGAN hinge loss, relative to the other gradients; 0 = no discriminator.
+        adversarial_start: optimiser step at which the adversary begins.
+        perceptual: weight of the perceptual loss; needs `perceptual_weights`.
+        perceptual_weights: a safetensors file of a torchvision VGG-16 state dict.
+        learning_rate, weight_decay, betas: of AdamW; matrices and kernels decay, vectors do not.
+        warmup: steps of linear warm-up; then a cosine to `final_rate` times the rate at the last step.
+        gradient_clip: largest norm of the gradient; 0 = no clipping.
+        warm_start: how many training pictures the tokenizer's closed-form start is computed from; 0 = none.
+        channels_last: keep pictures and kernels in the channels-last memory format.
+        save_to: directory that receives the tokenizer (averaged weights, where EMA is on) after every validation.
+        pictures: how many pairs the logged picture grid shows.
+    """
+
+    def __init__(
+        self,
+        tokenizer: TrainableTokenizer,
+        l1: float = 1.0,
+        l2: float = 0.0,
+        structural: float = 0.5,
+        structure: Literal["gradient", "ssim"] = "gradient",
+        adversarial: float = 0.0,
+        adversarial_start: int = 10_000,
+        perceptual: float = 0.0,
+        perceptual_weights: str | None = None,
+        learning_rate: float = 1e-3,
+        weight_decay: float = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        warmup: int = 100,
+        final_rate: float = 0.01,
+        gradient_clip: float = 1.0,
+        warm_start: int = 4096,
+        channels_last: bool = True,
+        save_to: str | None = None,
+        pictures: int = 16,
+    ) -> None:
+        super().__init__()
+        weights = dict(l1=l1, l2=l2, structural=structural, adversarial=adversarial, perceptual=perceptual)
+        if min(weights.values()) < 0 or l1 + l2 <= 0:
+            raise ValueError(f"loss weights must not be negative, and l1 or l2 positive, got {weights}")
+        if perceptual and not perceptual_weights:
+            raise ValueError("a perceptual loss needs perceptual_weights, a safetensors file of a VGG-16")
+        self.tokenizer = tokenizer
+        self.weights = weights
+        self.structure = structure
+        self.adversarial_start = adversarial_start
+        self.learning_rate, self.weight_decay, self.betas = learning_rate, weight_decay, betas
+        self.warmup, self.final_rate, self.gradient_clip = warmup, final_rate, gradient_clip
+        self.warm_start, self.channels_last = warm_start, channels_last
+        self.save_to, self.pictures = save_to, pictures
+        self.discriminator = PatchDiscriminator() if adversarial else None
+        self.perceptual: torch.nn.Module | None = None
+        if perceptual_weights and perceptual:
+            from mm.perceptual import VGGDistance
+
+            self.perceptual = VGGDistance(perceptual_weights)
+        # Two optimisers take turns only where there is an adversary.
+        self.automatic_optimization = self.discriminator is None
+        self.batches_done = 0
+        self._train_counts: Tensor | None = None
+        self._val_counts: Tensor | None = None
+        self._val: dict[int, list[Tensor]] = {}
+        self._shown: tuple[Tensor, Tensor] | None = None
+
+    # ---- set-up ------------------------------------------------------------------------------------------------------
+
+    def on_fit_start(self) -> None:
+        self.tokenizer.synchronise(self.trainer.world_size > 1)
+        self._warm_start()
+        if self.channels_last:
+            cast(Any, self.tokenizer).to(memory_format=torch.channels_last)
+
+    def _warm_start(self) -> None:
+        if not self.warm_start or self.trainer.global_step or self.trainer.ckpt_path:
+            return
+        taken: list[Tensor] = []
+        state = torch.get_rng_state()
+        for x, _ in cast(Any, self.trainer).datamodule.held_in_batches():
+            taken.append(x)
+            if sum(map(len, taken)) >= self.warm_start:
+                break
+        # Every rank reads the same pictures in the same order with the same seed, and so starts from the same weights.
+        torch.manual_seed(0)
+        self.tokenizer.warm_start(torch.cat(taken)[: self.warm_start].to(self.device))
+        torch.set_rng_state(state)
+
+    def on_fit_end(self) -> None:
+        self.tokenizer.synchronise(False)
+
+    def _optimizer(self, module: torch.nn.Module) -> torch.optim.AdamW:
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": self.weight_decay},
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas)
+
+    def _rate(self, step: int, total: int) -> float:
+        """Fraction of the learning rate: linear warm-up, then a cosine (Loshchilov and Hutter 2017)."""
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        done = min(1.0, (step - self.warmup) / max(1, total - self.warmup))
+        return self.final_rate + (1 - self.final_rate) * 0.5 * (1 + math.cos(math.pi * done))
+
+    def configure_optimizers(self) -> Any:
+        total = int(self.trainer.estimated_stepping_batches)
+        modules: list[torch.nn.Module] = [self.tokenizer]
+        if self.discriminator is not None:
+            modules.append(self.discriminator)
+            total //= 2 if self.trainer.max_steps > 0 else 1  # Lightning counts both optimisers' steps
+        result = []
+        for module in modules:
+            optimizer = self._optimizer(module)
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self._rate(step, total))
+            result.append({"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}})
+        return result[0] if len(result) == 1 else result
+
+    # ---- one step ----------------------------------------------------------------------------------------------------
+
+    def losses(self, x: Tensor, output: Tensor) -> dict[str, Tensor]:
+        """The reconstruction terms that have a weight, not yet weighted."""
+        terms: dict[str, Tensor] = {}
+        if self.weights["l1"]:
+            terms["l1"] = F.l1_loss(output, x)
+        if self.weights["l2"]:
+            terms["l2"] = F.mse_loss(output, x)
+        if self.weights["structural"]:
+            terms["structural"] = (gradient_loss if self.structure == "gradient" else ssim_loss)(output, x)
+        if self.perceptual is not None:
+            terms["perceptual"] = self.perceptual(output, x)
+        return terms
+
+    def _prepare(self, batch: Any) -> tuple[Tensor, Tensor]:
+        x, source = batch
+        return (x.contiguous(memory_format=torch.channels_last) if self.channels_last else x), source
+
+    def _count(self, counts: Tensor | None, ids: Tensor) -> Tensor:
+        spec_size, spec_codes = self._vocabulary
+        if counts is None:
+            counts = torch.zeros(spec_codes, spec_size, dtype=torch.long, device=ids.device)
+        for k, column in enumerate(ids.reshape(-1, spec_codes).unbind(1)):
+            counts[k] += torch.bincount(column, minlength=spec_size)
+        return counts
+
+    @property
+    def _vocabulary(self) -> tuple[int, int]:
+        if not hasattr(self, "_sizes"):
+            spec = self.tokenizer.spec
+            self._sizes = (spec.vocab_size, spec.num_codes)
+        return self._sizes
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
+        x, _ = self._prepare(batch)
+        out = self.tokenizer.reconstruct(x)
+        self._train_counts = self._count(self._train_counts, out.ids)
+        terms = self.losses(x, out.output)
+        loss = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
+        terms["quantizer"] = out.loss
+        self.log_dict({f"train/{k}": v.detach() for k, v in terms.items()}, batch_size=len(x))
+        if self.discriminator is None:
+            total = loss + out.loss
+            self.log("train/loss", total.detach(), prog_bar=True, batch_size=len(x))
+            return total
+        self._adversarial_step(x, out.output, loss, out.loss)
+        return None
+
+    def _adversarial_step(self, x: Tensor, output: Tensor, loss: Tensor, quantizer_loss: Tensor) -> None:
+        assert self.discriminator is not None
+        optimizers, schedules = cast(Any, self.optimizers()), cast(Any, self.lr_schedulers())
+        total = loss + quantizer_loss
+        active = self.batches_done >= self.adversarial_start
+        self.batches_done += 1
+        if active:
+            self.discriminator.requires_grad_(False)
+            generator = -self.discriminator(output).mean()
+            self.discriminator.requires_grad_(True)
+            balance = adaptive_weight(loss, generator, self.tokenizer.last_layer())
+            total = total + self.weights["adversarial"] * balance * generator
+            self.log("train/generator", generator.detach(), batch_size=len(x))
+        self.log("train/loss", total.detach(), prog_bar=True, batch_size=len(x))
+        self._step(optimizers[0], schedules[0], total)
+        if active:
+            judge = hinge_loss(self.discriminator(x), self.discriminator(output.detach()))
+            self.log("train/discriminator", judge.detach(), batch_size=len(x))
+            self._step(optimizers[1], schedules[1], judge)
+
+    def _step(self, optimizer: Any, schedule: Any, loss: Tensor) -> None:
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        if self.gradient_clip:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grad_norm_(parameters, self.gradient_clip)
+        optimizer.step()
+        schedule.step()
+
+    def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
+        if self.gradient_clip:
+            norm = torch.nn.utils.clip_grad_norm_(self.tokenizer.parameters(), self.gradient_clip)
+            self.log("train/gradient_norm", norm)
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.tokenizer.weights_changed()
+
+    # ---- validation --------------------------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        self._val, self._val_counts, self._shown = {}, None, None
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        from torchmetrics.functional.image import structural_similarity_index_measure
+
+        x, source = self._prepare(batch)
+        out = self.tokenizer.reconstruct(x)
+        self._val_counts = self._count(self._val_counts, out.ids)
+        similarity = structural_similarity_index_measure(out.output.clamp(-1, 1), x, data_range=2.0, reduction="none")
+        error = F.mse_loss(out.output.clamp(-1, 1), x, reduction="none").flatten(1).mean(1) / 4
+        figures = torch.stack([psnr(out.output, x), cast(Tensor, similarity), error, torch.ones_like(error)])
+        for name in source.unique().tolist():
+            total = figures[:, source == name].double().sum(1)
+            self._val.setdefault(name, []).append(total)
+        if self._shown is None:
+            self._shown = (x[: self.pictures], out.output[: self.pictures])
+
+    def on_validation_epoch_end(self) -> None:
+        names = getattr(getattr(self.trainer, "datamodule", None), "names", None)
+        count = len(names) if names else max(self._val, default=0) + 1
+        table = torch.zeros(count, 4, dtype=torch.double, device=self.device)
+        for index, parts in self._val.items():
+            table[index] = torch.stack(parts).sum(0)
+        # Every rank held a part: sums, then one division.
+        table = cast(Tensor, self.all_gather(table)).reshape(-1, count, 4).sum(0)
+        for index in range(count):
+            if table[index, 3] > 0:
+                self._log_figures(table[index], f"/{names[index] if names else index}")
+        self._log_figures(table.sum(0), "")
+        self._log_codes("val", self._val_counts)
+        self._log_pictures()
+        if self.trainer.sanity_checking:
+            return
+        self._log_codes("train", self._train_counts)
+        self._train_counts = None
+        if self.save_to is not None and self.trainer.is_global_zero and self.trainer.state.fn == "fit":
+            self.tokenizer.save(self.save_to)
+
+    def _log_figures(self, sums: Tensor, suffix: str) -> None:
+        psnr_mean, ssim_mean, error = (sums[:3] / sums[3].clamp_min(1)).tolist()
+        self.log(f"val/psnr{suffix}", psnr_mean, prog_bar=not suffix, rank_zero_only=True)
+        self.log(f"val/ssim{suffix}", ssim_mean, rank_zero_only=True)
+        self.log(f"val/psnr_of_mean_error{suffix}", -10 * math.log10(max(error, 1e-10)), rank_zero_only=True)
+
+    def _log_codes(self, part: str, counts: Tensor | None) -> None:
+        if counts is None:
+            return
+        counts = cast(Tensor, self.all_gather(counts)).reshape(-1, *counts.shape).sum(0)
+        usage, perplexity = usage_and_perplexity(counts)
+        self.log(f"{part}/usage", usage, prog_bar=part == "val", rank_zero_only=True)
+        self.log(f"{part}/perplexity", perplexity, rank_zero_only=True)
+
+    def _log_pictures(self) -> None:
+        """Originals above, decoded below, where a TensorBoard logger runs."""
+        from lightning.pytorch.loggers import TensorBoardLogger
+
+        if self._shown is None or not self.trainer.is_global_zero:
+            return
+        for logger in self.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                rows = [((t.float().clamp(-1, 1) + 1) / 2).unbind(0) for t in self._shown]
+                grid = torch.cat([torch.cat(row, dim=2) for row in rows], dim=1)
+                logger.experiment.add_image("pictures", grid, self.global_step)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["tokenizer_module"] = {"batches_done": self.batches_done}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.batches_done = int(checkpoint.get("tokenizer_module", {}).get("batches_done", 0))

@@ -1,0 +1,258 @@
+"""One contract for every tokenizer that the plug-in finder finds. A new file in tokenizers/ is tested by being there.
+
+It has a classmethod `tiny()` that makes a small instance without files, and the first part of its name says what it
+takes: `text_…`, `image_…`. A new kind of raw data needs an entry in `RAW` below.
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mm import plugins
+from mm.interfaces import Decoded, Encoded, ModalityTokenizer, Spec
+
+NAMES = plugins.available("tokenizers")
+
+
+def _pictures() -> list[Image.Image]:
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 256, (20, 13, 3), dtype=np.uint8)
+    ramp = np.linspace(0, 255, 64 * 64 * 3).astype(np.uint8).reshape(64, 64, 3)
+    return [
+        Image.fromarray(noise),
+        Image.fromarray(ramp),
+        Image.new("RGB", (1, 1), "red"),
+        Image.new("RGBA", (9, 30), (0, 0, 255, 100)),
+    ]
+
+
+RAW: dict[str, tuple[list[Any], type]] = {
+    "text": (["a red apple", "", "green", "on a table with a plum and a pear"], str),
+    "image": (_pictures(), Image.Image),
+}
+
+
+def raws(name: str) -> list[Any]:
+    return RAW[name.split("_")[0]][0]
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def tokenizer(name: str) -> ModalityTokenizer:
+    torch.manual_seed(1)
+    made = plugins.load("tokenizers", name).tiny()  # type: ignore[attr-defined]
+    assert isinstance(made, ModalityTokenizer)
+    return made
+
+
+def content(spec: Spec, count: int, low: int = 0, high: int | None = None) -> dict[str, torch.Tensor]:
+    """Random content that a model could emit."""
+    high = spec.vocab_size if high is None else high
+    if spec.kind == "discrete":
+        return {"ids": torch.randint(low, high, (count,))}
+    if spec.kind == "codes":
+        return {"codes": torch.randint(low, high, (count, spec.num_codes))}
+    return {"latents": torch.randn(count, spec.dim)}
+
+
+def same(a: Any, b: Any) -> bool:
+    """Equal raw data; pictures may differ by one step of rounding."""
+    if isinstance(a, Image.Image):
+        one, two = np.asarray(a, dtype=int), np.asarray(b, dtype=int)
+        return one.shape == two.shape and int(np.abs(one - two).max(initial=0)) <= 1
+    return bool(a == b)
+
+
+def test_there_are_tokenizers_to_test() -> None:
+    assert {"text_bytes", "text_hf", "image_vq", "image_vqmodel"} <= set(NAMES)
+
+
+def test_spec(name: str, tokenizer: ModalityTokenizer) -> None:
+    spec = tokenizer.spec
+    assert spec == tokenizer.spec
+    assert spec.fingerprint
+    assert all(1 <= extent <= 256 for extent in spec.max_grid), "size controls state extents of 1 to 256"
+    assert (spec.kind == "continuous") == (spec.dim > 0)
+
+
+def test_encode(name: str, tokenizer: ModalityTokenizer) -> None:
+    spec = tokenizer.spec
+    for raw in raws(name):
+        encoded = tokenizer.encode(raw)
+        tokens = encoded.content
+        assert tokens.device.type == "cpu" and not tokens.requires_grad
+        if spec.max_grid:
+            assert len(encoded.grid) == len(spec.max_grid)
+            assert all(1 <= have <= most for have, most in zip(encoded.grid, spec.max_grid, strict=True))
+        else:
+            assert encoded.grid == (len(tokens),)
+        match spec.kind:
+            case "discrete":
+                assert encoded.ids is not None and tokens.shape == (math.prod(encoded.grid),)
+            case "codes":
+                assert encoded.codes is not None and tokens.shape == (math.prod(encoded.grid), spec.num_codes)
+            case "continuous":
+                assert encoded.latents is not None and tokens.shape == (math.prod(encoded.grid), spec.dim)
+                assert tokens.dtype == torch.float32 and tokens.isfinite().all()
+        if spec.kind != "continuous":
+            assert tokens.dtype == torch.int64
+            assert tokens.numel() == 0 or (tokens.min() >= 0 and tokens.max() < spec.vocab_size)
+
+
+def test_different_inputs_differ(name: str, tokenizer: ModalityTokenizer) -> None:
+    first, second = (tokenizer.encode(raw) for raw in raws(name)[:2])
+    assert first.grid != second.grid or not torch.equal(first.content, second.content)
+
+
+def test_deterministic(name: str, tokenizer: ModalityTokenizer) -> None:
+    for raw in raws(name):
+        torch.manual_seed(2)
+        first = tokenizer.encode(raw)
+        torch.manual_seed(3)
+        if isinstance(tokenizer, torch.nn.Module):
+            tokenizer.train()  # a model in training must not change what its tokens are
+        second = tokenizer.encode(raw)
+        assert first.grid == second.grid and torch.equal(first.content, second.content)
+        assert same(tokenizer.decode(first).value, tokenizer.decode(second).value)
+        if isinstance(tokenizer, torch.nn.Module):
+            tokenizer.eval()
+
+
+def test_round_trip(name: str, tokenizer: ModalityTokenizer) -> None:
+    for raw in raws(name):
+        encoded = tokenizer.encode(raw)
+        decoded = tokenizer.decode(encoded)
+        assert decoded.valid and not decoded.reason
+        assert isinstance(decoded.value, RAW[name.split("_")[0]][1])
+        if isinstance(raw, str):
+            assert decoded.value == raw
+        else:
+            assert decoded.value.mode == "RGB"
+            width, height = decoded.value.size
+            assert width * encoded.grid[0] == height * encoded.grid[1], "rows and columns have the same scale"
+
+
+def test_batches_equal_single_items(name: str, tokenizer: ModalityTokenizer) -> None:
+    alone = [tokenizer.encode(raw) for raw in raws(name)]
+    together = tokenizer.encode_batch(raws(name))
+    assert [e.grid for e in alone] == [e.grid for e in together]
+    for one, two in zip(alone, together, strict=True):
+        if tokenizer.spec.kind == "continuous":
+            torch.testing.assert_close(one.content, two.content, rtol=1e-4, atol=1e-4)
+        else:
+            assert torch.equal(one.content, two.content)
+    for one_, two_ in zip(map(tokenizer.decode, alone), tokenizer.decode_batch(alone), strict=True):
+        assert same(one_.value, two_.value) and one_.valid == two_.valid
+    assert tokenizer.encode_batch([]) == [] and tokenizer.decode_batch([]) == []
+
+
+def test_decode_is_total(name: str, tokenizer: ModalityTokenizer) -> None:
+    spec = tokenizer.spec
+    grids: list[tuple[int, ...]] = [
+        (0,),
+        (1,),
+        (7,),
+        (0, 3),
+        (1, 1),
+        (3, 5),
+        (2, 2, 2),
+        (300,),
+        (1, 300),
+        spec.max_grid,
+    ]
+    for grid in filter(None, grids):
+        for _ in range(2):
+            item = Encoded(grid=grid, **content(spec, math.prod(grid)))
+            check(tokenizer.decode(item), name)
+
+
+def test_a_legal_grid_of_random_tokens_is_valid(name: str, tokenizer: ModalityTokenizer) -> None:
+    spec = tokenizer.spec
+    if not spec.max_grid:
+        # Random ids of text need not be text, but those of one letter each are.
+        item = tokenizer.encode("abc")
+        assert tokenizer.decode(item).valid
+        return
+    for grid in (spec.max_grid, (1,) * len(spec.max_grid)):
+        decoded = tokenizer.decode(Encoded(grid=grid, **content(spec, math.prod(grid))))
+        assert decoded.valid, decoded.reason
+        check(decoded, name)
+
+
+def test_ids_outside_the_vocabulary_are_reported(name: str, tokenizer: ModalityTokenizer) -> None:
+    spec = tokenizer.spec
+    grid = spec.max_grid or (5,)
+    if spec.kind == "continuous":
+        bad = {"latents": torch.full((math.prod(grid), spec.dim), float("nan"))}
+    else:
+        bad = content(spec, math.prod(grid), spec.vocab_size, spec.vocab_size + 9)
+    decoded = tokenizer.decode(Encoded(grid=grid, **bad))
+    assert not decoded.valid
+    check(decoded, name)
+
+
+def check(decoded: Decoded, name: str) -> None:
+    assert isinstance(decoded.value, RAW[name.split("_")[0]][1])
+    assert decoded.valid == (decoded.reason == ""), "what is not valid says why"
+    if isinstance(decoded.value, Image.Image):
+        assert min(decoded.value.size) >= 1
+
+
+def test_fingerprint_follows_the_weights(name: str, tokenizer: ModalityTokenizer) -> None:
+    if not isinstance(tokenizer, torch.nn.Module):
+        again = plugins.load("tokenizers", name).tiny()  # type: ignore[attr-defined]
+        assert again.spec == tokenizer.spec
+        return
+    before = tokenizer.spec.fingerprint
+    state = {key: value.clone() for key, value in tokenizer.state_dict().items()}
+    key = next(key for key, value in reversed(state.items()) if value.is_floating_point() and value.numel())
+    changed = {**state, key: state[key] + 0.5}
+    tokenizer.load_state_dict(changed)
+    after = tokenizer.spec.fingerprint
+    tokenizer.load_state_dict(state)
+    assert after != before
+    assert tokenizer.spec.fingerprint == before
+
+
+def test_fingerprints_of_tokenizers_differ() -> None:
+    prints = [plugins.load("tokenizers", name).tiny().spec.fingerprint for name in NAMES]  # type: ignore[attr-defined]
+    assert len(set(prints)) == len(NAMES)
+
+
+def test_saved_and_loaded(name: str, tokenizer: ModalityTokenizer, tmp_path: Path) -> None:
+    save, load = getattr(tokenizer, "save", None), getattr(type(tokenizer), "from_directory", None)
+    assert (save is None) == (load is None), "save and from_directory come together"
+    if save is None or load is None:
+        again = type(tokenizer)(**tokenizer.arguments())  # its arguments say all
+    else:
+        save(tmp_path / "saved")
+        files = [file for file in (tmp_path / "saved").rglob("*") if file.is_file()]
+        assert files and all(file.suffix in (".json", ".safetensors", ".txt", ".model") for file in files)
+        assert [file.name for file in tmp_path.iterdir()] == ["saved"], "no temporary file stays"
+        again = load(tmp_path / "saved")
+    check_same(name, tokenizer, again)
+
+
+def test_pickles(name: str, tokenizer: ModalityTokenizer) -> None:
+    """Workers of a data loader get their tokenizer so, where processes are not forked."""
+    check_same(name, tokenizer, pickle.loads(pickle.dumps(tokenizer)))
+
+
+def check_same(name: str, tokenizer: ModalityTokenizer, again: ModalityTokenizer) -> None:
+    assert again.spec == tokenizer.spec
+    for raw in raws(name):
+        encoded = tokenizer.encode(raw)
+        assert torch.equal(again.encode(raw).content, encoded.content)
+        assert same(again.decode(encoded).value, tokenizer.decode(encoded).value)

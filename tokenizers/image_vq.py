@@ -1,0 +1,440 @@
+"""Pictures ↔ a grid of discrete codes through a small convolutional autoencoder (VQ-VAE, van den Oord et al. 2017; the
+networks of VQ-GAN, Esser et al. 2021; other quantisers: `mm.quantizers`).
+
+A picture of `size`×`size` becomes (size / downsample)² ids, row by row. It is trained by `mm fit` with
+`mm.training_tokenizer.TokenizerModule`, saved as safetensors and one JSON, and loaded by `from_directory`.
+
+Letters in shapes: B batch, H and W rows and columns of pixels, h and w of the token grid, K sub-codes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from PIL import Image
+from torch import Tensor, nn
+
+from mm import pictures
+from mm.autoencoder import BLOCKS, BlockName, Decoder, Encoder
+from mm.interfaces import Decoded, Encoded, Spec
+from mm.quantizers import Quantizer, QuantizerName
+from mm.trainable import Reconstruction, TrainableTokenizer
+
+FORMAT = "mm.tokenizers.image_vq"
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+MAX_CONFIG_BYTES, MAX_WEIGHT_BYTES = 1 << 16, 1 << 31
+SHIPPED = Path(__file__).resolve().parent.parent / "mm" / "checkpoints"
+
+
+class ImageVQ(TrainableTokenizer):
+    """Convolutional picture tokenizer with discrete codes.
+
+    Args:
+        size: side of the square that pictures are fitted to, in pixels.
+        downsample: pixels per token along a side: 4, 8 or 16.
+        patch: side of the squares that the first layer reads as one position (1, 2 or 4, a divisor of `downsample`).
+        channels: width of the finest level.
+        multipliers: width of each level in units of `channels`, finest first; one level for every halving between
+            `patch` and `downsample`, and one more.
+        blocks: blocks a level.
+        block: `residual` (two 3×3 convolutions) or `separable` (depthwise 5×5 and pointwise, a third of the cost).
+        decoder_channels: as `channels`, of the decoder; 0 = the encoder's.
+        decoder_blocks: as `blocks`, of the decoder; 0 = the encoder's.
+        attention_heads: heads of self-attention at the coarsest level; 0 = none.
+        quantizer: vq, fsq, lfq, bsq or residual, see `mm.quantizers.Quantizer`, also for the settings below.
+        pretrained: a directory that `save` wrote, or the name of a tokenizer shipped with the package. Its configuration
+            replaces every other argument.
+
+    Raises:
+        ValueError: sizes that do not fit each other, or a saved tokenizer that is missing, damaged or foreign.
+    """
+
+    def __init__(
+        self,
+        size: int = 32,
+        downsample: int = 4,
+        patch: int = 2,
+        channels: int = 64,
+        multipliers: Sequence[int] = (1, 2),
+        blocks: int = 1,
+        block: BlockName = "residual",
+        decoder_channels: int = 0,
+        decoder_blocks: int = 0,
+        attention_heads: int = 0,
+        quantizer: QuantizerName = "vq",
+        codebook_size: int = 1024,
+        code_dim: int = 8,
+        levels: Sequence[int] = (8, 5, 5, 5),
+        num_codes: int = 4,
+        decay: float = 0.99,
+        dead_below: float = 0.5,
+        commitment: float = 0.25,
+        entropy: float = 0.1,
+        pretrained: str | None = None,
+    ) -> None:
+        super().__init__()
+        config: dict[str, Any] = dict(
+            size=size,
+            downsample=downsample,
+            patch=patch,
+            channels=channels,
+            multipliers=list(multipliers),
+            blocks=blocks,
+            block=block,
+            decoder_channels=decoder_channels or channels,
+            decoder_blocks=decoder_blocks or blocks,
+            attention_heads=attention_heads,
+            quantizer=quantizer,
+            codebook_size=codebook_size,
+            code_dim=code_dim,
+            levels=list(levels),
+            num_codes=num_codes,
+            decay=decay,
+            dead_below=dead_below,
+            commitment=commitment,
+            entropy=entropy,
+        )
+        directory = None if pretrained is None else _find(pretrained)
+        if directory is not None:
+            config = _read_config(directory, set(config))
+        self.config = config
+        self._build(config)
+        self._fingerprint: str | None = None
+        if directory is not None:
+            self._load(directory)
+
+    def _build(self, c: dict[str, Any]) -> None:
+        _check(c)
+        self.size, self.downsample = c["size"], c["downsample"]
+        self.quantizer = Quantizer(
+            c["quantizer"],
+            codebook_size=0 if c["quantizer"] == "fsq" else c["codebook_size"],
+            code_dim=c["code_dim"],
+            levels=c["levels"],
+            num_codes=c["num_codes"],
+            decay=c["decay"],
+            dead_below=c["dead_below"],
+            commitment=c["commitment"],
+            entropy=c["entropy"],
+        )
+        shared: dict[str, Any] = dict(
+            latent=self.quantizer.dim, patch=c["patch"], attention_heads=c["attention_heads"], block=c["block"]
+        )
+        self.encoder = Encoder([c["channels"] * m for m in c["multipliers"]], blocks=c["blocks"], **shared)
+        widths = [c["decoder_channels"] * m for m in c["multipliers"]]
+        self.decoder = Decoder(widths, blocks=c["decoder_blocks"], **shared)
+
+    # ---- the plug-in contract ----------------------------------------------------------------------------------------
+
+    @property
+    def spec(self) -> Spec:
+        side = self.size // self.downsample
+        return Spec(
+            kind="codes" if self.quantizer.name == "residual" else "discrete",
+            vocab_size=self.quantizer.codebook_size,
+            num_codes=self.quantizer.num_codes,
+            max_grid=(side, side),
+            fingerprint=self.fingerprint,
+        )
+
+    def encode(self, raw: Image.Image | Tensor) -> Encoded:
+        """Tokens of a picture, or of a float tensor (3, H, W) in [−1, 1] with sides that `downsample` divides."""
+        return self.encode_batch([raw])[0]
+
+    def encode_batch(self, raws: Sequence[Image.Image | Tensor]) -> list[Encoded]:
+        tensors = [self._pixels(raw) for raw in raws]
+        out: list[Encoded | None] = [None] * len(raws)
+        for shape in {t.shape for t in tensors}:
+            where = [i for i, t in enumerate(tensors) if t.shape == shape]
+            for i, ids in zip(where, self.encode_pixels(torch.stack([tensors[i] for i in where])), strict=True):
+                out[i] = self._encoded(ids.cpu())
+        return [e for e in out if e is not None]
+
+    def decode(self, encoded: Encoded) -> Decoded:
+        """An RGB picture of the grid's size × `downsample`. Ids out of range or too few are replaced, with `valid` off."""
+        return self.decode_batch([encoded])[0]
+
+    def decode_batch(self, items: Sequence[Encoded]) -> list[Decoded]:
+        grids = [self._grid_of(item) for item in items]
+        out: list[Decoded | None] = [None] * len(items)
+        for shape in {g.shape for g, _ in grids}:
+            where = [i for i, (g, _) in enumerate(grids) if g.shape == shape]
+            decoded = pictures.from_unit(self.decode_ids(torch.stack([grids[i][0] for i in where])))
+            for i, pixels in zip(where, decoded, strict=True):
+                reason = grids[i][1]
+                out[i] = Decoded(value=pictures.to_image(pixels), valid=not reason, reason=reason)
+        return [d for d in out if d is not None]
+
+    # ---- tensors -----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode_pixels(self, x: Float[Tensor, "B 3 H W"]) -> Int[Tensor, "B h w"] | Int[Tensor, "B h w K"]:
+        """Ids (int64) of pictures in [−1, 1]; H and W multiples of `downsample`."""
+        if x.ndim != 4 or x.shape[1] != 3 or x.shape[2] % self.downsample or x.shape[3] % self.downsample:
+            raise ValueError(
+                f"expected pictures (B, 3, H, W) with sides that are multiples of {self.downsample}, "
+                f"got {tuple(x.shape)}: pad or resize them"
+            )
+        training = self.training
+        self.eval()
+        try:
+            return self.quantizer(self.encoder(x.to(self._device()))).ids
+        finally:
+            self.train(training)
+
+    @torch.no_grad()
+    def decode_ids(self, ids: Int[Tensor, "B h w"] | Int[Tensor, "B h w K"]) -> Float[Tensor, "B 3 H W"]:
+        """Pictures, nominally in [−1, 1], of ids within the vocabulary."""
+        return self.decoder(self.quantizer.lookup(ids.to(self._device()).long()).to(self._dtype()))
+
+    def reconstruct(self, batch: Float[Tensor, "B 3 H W"]) -> Reconstruction:
+        quantized = self.quantizer(self.encoder(batch))
+        return Reconstruction(self.decoder(quantized.latents), quantized.ids, quantized.loss)
+
+    def last_layer(self) -> Tensor:
+        return self.decoder.last.weight
+
+    @torch.no_grad()
+    def warm_start(self, x: Float[Tensor, "B 3 H W"]) -> None:
+        """Begin as the best code of single squares of pixels: principal components as the linear maps of encoder and
+        decoder, k-means as the codebook of `vq`. The networks begin at zero, so this is exactly what training improves.
+        """
+        f = self.downsample
+        squares = F.pixel_unshuffle(x.float(), f).permute(0, 2, 3, 1).reshape(-1, 3 * f * f)
+        kept = min(self.quantizer.dim, squares.shape[1])
+        centre = squares.mean(0)
+        variance, axes = torch.linalg.eigh((squares - centre).T @ (squares - centre) / len(squares))
+        axes, spread = axes.flip(1)[:, :kept].T, variance.flip(0)[:kept].clamp_min(1e-8).sqrt()
+        # One scale for all keeps distances those of pixels; quantisers with fixed levels need each channel filled.
+        scale = spread[:1].expand(kept) if self.quantizer.codebooks() else spread
+        inward, outward = self.encoder.linear[1], self.decoder.linear[0]
+        assert isinstance(inward, nn.Conv2d) and isinstance(outward, nn.Conv2d) and inward.bias is not None
+        for layer in (inward, outward):
+            nn.init.zeros_(layer.weight)
+        inward.weight[:kept, :, 0, 0] = axes / scale[:, None]
+        inward.bias[:kept] = -(axes @ centre) / scale
+        inward.bias[kept:] = 0
+        outward.weight[:, :kept, 0, 0] = axes.T * scale
+        assert outward.bias is not None
+        outward.bias.copy_(centre)
+        self.quantizer.warm_start(self.encoder.linear(x))
+        self.weights_changed()
+
+    def synchronise(self, enabled: bool) -> None:
+        self.quantizer.synchronise(enabled)
+
+    # ---- identity, saving, loading -----------------------------------------------------------------------------------
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the configuration and of every weight that ids or pictures depend on; computed once, then kept
+        until the weights change (`train`, `load_state_dict` and `weights_changed` forget it)."""
+        if self._fingerprint is None:
+            digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+            for name, tensor in sorted(self.state_dict().items()):
+                values = tensor.detach().cpu().contiguous()
+                digest.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
+                digest.update(values.reshape(-1).view(torch.uint8).numpy())
+            self._fingerprint = f"image_vq-{digest.hexdigest()[:16]}"
+        return self._fingerprint
+
+    def weights_changed(self) -> None:
+        self._fingerprint = None
+
+    def train(self, mode: bool = True) -> ImageVQ:
+        if mode:
+            self._fingerprint = None
+        super().train(mode)
+        return self
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        self._fingerprint = None
+        return super().load_state_dict(*args, **kwargs)
+
+    def save(self, path: str | Path) -> None:
+        """Write `config.json` and `model.safetensors` into the directory `path`, each whole or not at all."""
+        from safetensors.torch import save
+
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        self.weights_changed()
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        config = {"format": FORMAT, "fingerprint": self.fingerprint, "config": self.config}
+        # The configuration comes last: a directory without one is not a tokenizer.
+        _write(path / WEIGHTS, save(state))
+        _write(path / CONFIG, json.dumps(config, indent=2).encode())
+
+    @classmethod
+    def from_directory(cls, path: str | Path) -> ImageVQ:
+        """A saved tokenizer, in evaluation mode.
+
+        Raises:
+            ValueError: files missing, damaged, of other shapes, or not what was saved (fingerprint).
+        """
+        return cls(pretrained=str(path))
+
+    def _load(self, path: Path) -> None:
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
+        file = path / WEIGHTS
+        try:
+            state = load(_read(file, MAX_WEIGHT_BYTES))
+        except SafetensorError as error:
+            raise ValueError(f"{file} is not a safetensors file ({error}): save the tokenizer again") from error
+        expected = {name: tuple(t.shape) for name, t in self.state_dict().items()}
+        found = {name: tuple(t.shape) for name, t in state.items()}
+        if expected != found:
+            name = min(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
+            raise ValueError(
+                f"{file} does not fit its configuration: {name} has shape {found.get(name, 'missing')}, "
+                f"expected {expected.get(name, 'none')}; restore the pair of files that was saved together"
+            )
+        self.load_state_dict(state)
+        self.eval()
+        saved = json.loads(_read(path / CONFIG, MAX_CONFIG_BYTES)).get("fingerprint")
+        if saved != self.fingerprint:
+            raise ValueError(
+                f"{path} has fingerprint {self.fingerprint}, its configuration says {saved}: "
+                "restore the pair of files that was saved together"
+            )
+
+    # ---- helpers -----------------------------------------------------------------------------------------------------
+
+    def _device(self) -> torch.device:
+        return self.decoder.last.weight.device
+
+    def _dtype(self) -> torch.dtype:
+        return self.decoder.last.weight.dtype
+
+    def _pixels(self, raw: Image.Image | Tensor) -> Float[Tensor, "3 H W"]:
+        if isinstance(raw, Tensor):
+            if raw.ndim != 3 or raw.shape[0] != 3 or not raw.is_floating_point():
+                raise ValueError(
+                    f"expected a float tensor (3, H, W) in [-1, 1], got {raw.dtype} {tuple(raw.shape)}: convert it"
+                )
+            return raw.to(self._dtype())
+        return pictures.to_unit(pictures.to_bytes(pictures.fit_square(raw, self.size))).to(self._dtype())
+
+    def _encoded(self, ids: Tensor) -> Encoded:
+        grid = (int(ids.shape[0]), int(ids.shape[1]))
+        if self.quantizer.name == "residual":
+            return Encoded(grid=grid, codes=ids.reshape(-1, ids.shape[-1]))
+        return Encoded(grid=grid, ids=ids.reshape(-1))
+
+    def _grid_of(self, item: Encoded) -> tuple[Tensor, str]:
+        """Ids on a grid that can be decoded, and what had to be repaired."""
+        residual = self.quantizer.name == "residual"
+        content = item.codes if residual else item.ids
+        rows, columns = item.grid if len(item.grid) == 2 else _squarish(len(item))
+        tail = (self.quantizer.num_codes,) if residual else ()
+        if content is None or rows * columns == 0 or content.shape[1:] != tail:
+            side = self.size // self.downsample
+            kind = "codes" if residual else "ids"
+            return torch.zeros(side, side, *tail, dtype=torch.long), f"no {kind} to decode, grid {item.grid}"
+        ids = content.detach().cpu().long()
+        reasons = []
+        bad = (ids < 0) | (ids >= self.quantizer.codebook_size)
+        if bad.any():
+            reasons.append(f"{int(bad.sum())} ids outside 0..{self.quantizer.codebook_size - 1}")
+            ids = ids.clamp(0, self.quantizer.codebook_size - 1)
+        if len(item.grid) != 2:
+            reasons.append(f"grid {item.grid} has not two axes, took {rows}×{columns}")
+            ids = ids[: rows * columns]
+        return ids.reshape(rows, columns, *tail), "; ".join(reasons)
+
+
+def _squarish(count: int) -> tuple[int, int]:
+    side = math.isqrt(count)
+    return (side, side)
+
+
+def _check(c: dict[str, Any]) -> None:
+    if c["downsample"] not in (4, 8, 16):
+        raise ValueError(f"downsample must be 4, 8 or 16, got {c['downsample']}")
+    if c["patch"] not in (1, 2, 4):
+        raise ValueError(f"patch must be 1, 2 or 4, got {c['patch']}")
+    if c["size"] < c["downsample"] or c["size"] % c["downsample"] or c["size"] > 1024:
+        raise ValueError(f"size must be a multiple of {c['downsample']} up to 1024, got {c['size']}")
+    levels = (c["downsample"] // c["patch"]).bit_length()
+    if len(c["multipliers"]) != levels:
+        raise ValueError(
+            f"downsample {c['downsample']} after patches of {c['patch']} has {levels} levels, "
+            f"got {len(c['multipliers'])} multipliers: give one a level, finest first"
+        )
+    widths = [w * m for w in (c["channels"], c["decoder_channels"]) for m in c["multipliers"]]
+    if min(widths) < 1 or max(widths) > 4096 or not 1 <= c["blocks"] <= 64 or not 1 <= c["decoder_blocks"] <= 64:
+        raise ValueError(f"widths must be in 1..4096 and blocks in 1..64, got {widths}, {c['blocks']} and "
+                         f"{c['decoder_blocks']}")
+    if c["block"] not in BLOCKS:
+        raise ValueError(f"block must be one of {', '.join(BLOCKS)}, got '{c['block']}'")
+    heads = c["attention_heads"]
+    if heads < 0 or (heads and any(w * c["multipliers"][-1] % heads for w in (c["channels"], c["decoder_channels"]))):
+        raise ValueError(f"attention_heads must divide the coarsest width, got {heads}")
+
+
+def _find(pretrained: str) -> Path:
+    """The directory of a saved tokenizer: a path, or the name of one that ships with the package."""
+    shipped = SHIPPED / pretrained
+    named = bool(pretrained) and not Path(pretrained).is_absolute() and ".." not in Path(pretrained).parts
+    for path in (Path(pretrained), *([shipped] if named else [])):
+        if (path / CONFIG).is_file():
+            return path
+    raise ValueError(
+        f"no saved image tokenizer in '{pretrained}' ({CONFIG} is missing): give a directory that ImageVQ.save wrote"
+    )
+
+
+def _read_config(path: Path, names: set[str]) -> dict[str, Any]:
+    file = path / CONFIG
+    try:
+        saved = json.loads(_read(file, MAX_CONFIG_BYTES))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{file} is not JSON ({error}): save the tokenizer again") from error
+    if not isinstance(saved, dict) or saved.get("format") != FORMAT:
+        raise ValueError(f"{file} does not describe an image tokenizer: expected format '{FORMAT}'")
+    config = saved.get("config")
+    if not isinstance(config, dict) or set(config) != names:
+        odd = sorted(names ^ set(config)) if isinstance(config, dict) else "config"
+        raise ValueError(f"{file} has missing or unknown settings ({odd}): it was saved by another version")
+    for name, value in config.items():
+        many = name in ("multipliers", "levels")
+        values = value if many and isinstance(value, list) and 0 < len(value) <= 32 else [value]
+        kind = str if name in ("quantizer", "block") else (int, float) if name in FLOATS else int
+        if (many and values is not value) or any(isinstance(v, bool) or not isinstance(v, kind) for v in values):
+            raise ValueError(f"{file} has a wrong value for {name}: {str(value)[:60]!r}")
+    return config
+
+
+FLOATS = ("decay", "dead_below", "commitment", "entropy")
+
+
+def _read(file: Path, limit: int) -> bytes:
+    if not file.is_file():
+        raise ValueError(f"{file} is missing: copy the whole directory of the tokenizer")
+    if file.stat().st_size > limit:
+        raise ValueError(f"{file} has {file.stat().st_size} bytes, at most {limit} are read")
+    return file.read_bytes()
+
+
+def _write(file: Path, data: bytes) -> None:
+    """Whole or not at all: a temporary file beside it, then a rename."""
+    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}-")
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(data)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, file)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
