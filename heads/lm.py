@@ -26,14 +26,15 @@ class LMHead(Head):
     def __init__(self, z_loss: float = 0.0, label_smoothing: float = 0.0, bias: bool = False) -> None:
         super().__init__()
         self.z_loss, self.label_smoothing, self.use_bias = z_loss, label_smoothing, bias
-        self.num_codes, self.vocab = 1, 0
+        self.num_codes, self.vocab, self.sub_codes = 1, 0, False
 
     def build(self, *, width: int, spec: Spec, controls: int = 0) -> None:
         if spec.kind == "continuous":
             raise ValueError("LMHead predicts ids, but this tokenizer is continuous; give the modality a continuous head")
         if controls and spec.kind != "discrete":
             raise ValueError("the host modality must be discrete: its head also predicts the control tokens")
-        self.num_codes = spec.num_codes if spec.kind == "codes" else 1
+        self.sub_codes = spec.kind == "codes"
+        self.num_codes = spec.num_codes if self.sub_codes else 1
         self.vocab = spec.vocab_size + controls
         # stored column by column, as `mm.backbone.wide_linear` explains
         self.weight = nn.Parameter(torch.empty(width, self.num_codes * self.vocab).t())
@@ -43,7 +44,7 @@ class LMHead(Head):
     def logits(self, hidden: Float[Tensor, "n W"]) -> Tensor:
         """(n, V), or (n, K, V) with sub-codes."""
         out = F.linear(hidden, self.weight, self.bias)
-        return out.unflatten(-1, (self.num_codes, self.vocab)) if self.num_codes > 1 else out
+        return out.unflatten(-1, (self.num_codes, self.vocab)) if self.sub_codes else out
 
     def loss(self, hidden: Float[Tensor, "n W"], target: Tensor) -> Float[Tensor, " n"]:
         logits = self.logits(hidden).float()
@@ -51,7 +52,7 @@ class LMHead(Head):
         loss = F.cross_entropy(flat, wanted, reduction="none", ignore_index=-1, label_smoothing=self.label_smoothing)
         if self.z_loss:
             loss = loss + self.z_loss * torch.where(wanted >= 0, torch.logsumexp(flat, -1).square(), 0.0)
-        if self.num_codes == 1:
+        if not self.sub_codes:
             return loss
         valid = (target >= 0).sum(-1).clamp(min=1)
         return loss.view(-1, self.num_codes).sum(-1) / valid
@@ -85,7 +86,7 @@ def sample_logits(
         chosen = flat.argmax(-1)
     else:
         chosen = _categorical(truncate(flat / sampling.temperature, sampling.top_k, sampling.top_p), generator)
-    log_prob = flat.gather(-1, chosen[:, None])[:, 0] - torch.logsumexp(flat, -1)
+    log_prob = flat.log_softmax(-1).gather(-1, chosen[:, None])[:, 0]
     log_prob = log_prob.view(shape[0], -1).sum(-1)
     return chosen.view(shape).cpu(), log_prob.cpu()
 

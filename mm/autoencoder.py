@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Literal
+from typing import cast, Literal
 
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -154,9 +154,14 @@ class Decoder(nn.Module):
             # The mirror of the strided layer: nothing is spent on neighbours, which the blocks see to.
             layers += [nn.Conv2d(coarser, 4 * width, 1), nn.PixelShuffle(2)]
             layers += _stage(block, width, blocks, 0)
-        self.last = _zero(nn.Conv2d(widths[0], 3 * patch**2, 3, padding=1))
-        layers += [_norm(widths[0]), nn.SiLU(), self.last, nn.PixelShuffle(patch)]
+        last = _zero(nn.Conv2d(widths[0], 3 * patch**2, 3, padding=1))
+        layers += [_norm(widths[0]), nn.SiLU(), last, nn.PixelShuffle(patch)]
         self.network = nn.Sequential(*layers)
+
+    @property
+    def last(self) -> nn.Conv2d:
+        """The network's output layer (a property: registered twice, its weights would be saved twice)."""
+        return cast(nn.Conv2d, self.network[-2])
 
     def forward(self, latents: Float[Tensor, "B D h w"]) -> Float[Tensor, "B 3 H W"]:
         return self.linear(latents) + self.network(latents)

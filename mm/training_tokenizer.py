@@ -134,7 +134,7 @@ class TokenizerModule(L.LightningModule):
             {"params": [p for p in parameters if p.ndim > 1], "weight_decay": self.weight_decay},
             {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
         ]
-        return torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas)
+        return torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas, fused=True)
 
     def _rate(self, step: int, total: int) -> float:
         """Fraction of the learning rate: linear warm-up, then a cosine (Loshchilov and Hutter 2017)."""

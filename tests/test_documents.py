@@ -48,9 +48,9 @@ def test_text_and_raster_picture_position_by_position() -> None:
     assert not tokens.copy.any() and not tokens.time.any()
     assert links(tokens) == {place: place + 1 for place in range(14)}
     assert tokens.weight.tolist() == [1.0] * 5 + [0.5] * 6 + [1.0] * 3 + [0.0]  # the weight of what is predicted
-    assert tokens.position[:, 0].tolist() == [0, 1, 2, 3, 4, 5, *[6] * 6, 9, 10, 11]  # a picture lasts as long as its sides
+    assert tokens.position[:, 0].tolist() == [*range(6), *[6] * 6, 9, 10, 11]  # a picture is one moment
     assert tokens.position[6:12, 1:].tolist() == [[6, 6], [6, 7], [6, 8], [7, 6], [7, 7], [7, 8]]
-    assert torch.equal(tokens.position[12], torch.full((3,), 9.0))  # and what follows stands behind its largest coordinate
+    assert torch.equal(tokens.position[12], torch.full((3,), 9.0))  # what follows stands behind its largest coordinate
     assert torch.equal(dense(tokens), torch.ones(15, 15, dtype=torch.bool).tril())
 
 
@@ -136,7 +136,7 @@ def test_micro_conditions_come_from_the_item() -> None:
         (Segment("image", Encoded(grid=(1, 2), ids=torch.tensor([3, 8]))), r"image: ids span 3..8, but .* has 0..7"),
         (Segment("text", Encoded(grid=(1,), ids=torch.tensor([256]))), "text: ids span 256..256"),
         (Segment("image", Encoded(grid=(1, 2), ids=torch.tensor([-1, 2]))), "image: ids span -1..2"),
-        (Segment("image", Encoded(grid=(5, 1), ids=torch.zeros(5))), r"grid of \(5, 1\) does not fit the largest grid"),
+        (Segment("image", Encoded(grid=(5, 1), ids=torch.arange(5))), r"grid of \(5, 1\) does not fit the largest"),
         (Segment("smell", "?"), "no modality 'smell'"),
     ],
 )

@@ -141,7 +141,7 @@ class ShardSource(Source):
     """
 
     def __init__(
-        self, paths: str | Path | Sequence[str | Path], *, max_member_bytes: int = MAX_MEMBER_BYTES, **options: Any
+        self, paths: Sequence[str | Path] | str | Path, *, max_member_bytes: int = MAX_MEMBER_BYTES, **options: Any
     ) -> None:
         super().__init__(**options)
         given = [paths] if isinstance(paths, str | Path) else list(paths)

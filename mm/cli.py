@@ -1,0 +1,87 @@
+"""The `mm` program: finds the command and runs it; mistakes of the user become one sentence.
+
+Commands live in modules with `main(argv) -> exit status`, imported when asked for: `mm --help` imports none of them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from importlib.util import find_spec
+
+COMMANDS = {
+    "generate": ("mm.commands.generate", "pictures or text for a prompt, from a checkpoint"),
+    "fit": ("mm.commands.train", "train a tokenizer or a model:  mm fit -c configs/systems/liquid.yaml"),
+    "validate": ("mm.commands.train", "losses on the validation data of a configuration"),
+    "test": ("mm.commands.train", "the same on the test data"),
+    "predict": ("mm.commands.train", "run a configuration's prediction loop"),
+    "tokenize": ("mm.commands.tokenize", "encode and decode a file; report rate and distortion"),
+    "list": ("mm.commands.list", "tokenizers, orders, heads, systems, checkpoints"),
+    "data": ("mm.commands.data", "make or convert data sets"),
+    "evaluate": ("mm.evaluate", "every quality figure of a checkpoint as a table and JSON"),
+    "bench": ("mm.bench", "speed side by side with what users would pick instead"),
+}
+LIGHTNING = ("fit", "validate", "test", "predict")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run `mm` with the given arguments (by default the program's). Returns the exit status: 2 for a user's mistake."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if arguments[0] == "--version":
+        from mm import __version__
+
+        print(f"mm {__version__}")
+        return 0
+    name, known = arguments[0], commands()
+    if name not in known:
+        nearest = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        print(f"mm: there is no command {name!r}{hint} (mm --help lists them)", file=sys.stderr)
+        return 2
+    try:
+        module = __import__(known[name][0], fromlist=["main"])
+        return int(module.main(arguments if name in LIGHTNING else arguments[1:]) or 0)
+    except (ValueError, OSError) as error:
+        if debug:
+            raise
+        print(f"mm {name}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print(f"mm {name}: interrupted", file=sys.stderr)
+        return 130
+
+
+def commands() -> dict[str, tuple[str, str]]:
+    """Commands whose module is there, with their module and what they do."""
+    return {name: value for name, value in COMMANDS.items() if _is_there(value[0])}
+
+
+def _is_there(module: str) -> bool:
+    spec = find_spec(module)
+    return spec is not None and spec.origin is not None  # a folder without code is no command
+
+
+def usage() -> str:
+    lines = [f"  {name:<10}{text}" for name, (_, text) in commands().items()]
+    return "\n".join(
+        [
+            "usage: mm COMMAND [options]        mm COMMAND --help says more",
+            "",
+            "One decoder, one token stream, every modality.",
+            "",
+            *lines,
+            "",
+            "  --version   print the version        --debug   show where an error comes from",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

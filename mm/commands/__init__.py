@@ -1,0 +1,1 @@
+"""Commands of the `mm` program, a file each: `main(argv) -> exit status`."""

@@ -1,0 +1,73 @@
+"""`mm data`: make and convert data sets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mm.commands.common import Bar, parser
+
+if TYPE_CHECKING:
+    from mm.data.example import Source
+
+
+def main(argv: list[str]) -> int:
+    """Returns the exit status; raises `ValueError` for data that can't be used."""
+    command = parser("data", "Make or convert data sets; everything is written as WebDataset shards.")
+    names = command.add_subparsers(dest="name", required=True, metavar="NAME")
+    digits = names.add_parser("digits", help="digits with captions: drawn here, or from an .npz with images and labels")
+    digits.add_argument("--npz", metavar="FILE", help="handwritten digits: arrays images uint8[n, h, w] and labels[n]")
+    digits.add_argument("--count", type=int, default=2000, help="how many are drawn (2000)")
+    digits.add_argument("--size", type=int, default=32, help="side in pixels (32)")
+    digits.add_argument("--seed", type=int, default=0, help="the same seed draws the same (0)")
+    shards = names.add_parser("shards", help="a folder of pictures, a `datasets` directory or shards → shards")
+    shards.add_argument("source", help="folder, datasets directory, .tar or .npz")
+    shards.add_argument("--caption", metavar="FORMAT", help='how captions are made of fields: "{caption}, {style}"')
+    shards.add_argument("--per-shard", type=int, default=10_000, help="examples in a shard (10000)")
+    bpe = names.add_parser("bpe", help="train a byte-level BPE on captions; for the tokenizer text_hf")
+    bpe.add_argument("source", help="folder, datasets directory, .tar or .npz")
+    bpe.add_argument("--caption", metavar="FORMAT", help="as for shards")
+    bpe.add_argument("--vocab-size", type=int, default=1024, help="ids (1024)")
+    for name in (digits, shards, bpe):
+        name.add_argument("--out", required=True, metavar="DIR", help="folder to write into")
+    args = command.parse_args(argv)
+    if args.name == "bpe":
+        from mm.data.bpe import train_bpe
+
+        source = open_source(args.source, args.caption)
+        with Bar("reading", "caption") as bar:
+            file = train_bpe(_texts(source, bar), args.out, args.vocab_size)
+        print(f"wrote {file}")
+        return 0
+    from mm.data.convert import make_digits, to_shards
+
+    with Bar("writing", "example") as bar:
+        if args.name == "digits":
+            paths = make_digits(args.out, npz=args.npz, count=args.count, size=args.size, seed=args.seed, progress=bar)
+        else:
+            source = open_source(args.source, args.caption)
+            paths = to_shards(source, args.out, per_shard=args.per_shard, progress=bar)
+    print(f"wrote {paths[0]}" + (f" … {paths[-1].name}" if len(paths) > 1 else ""))
+    return 0
+
+
+def open_source(path: str, caption: str | None) -> Source:
+    """Random access to what a path holds."""
+    from mm.data.sources import DigitsSource, FolderSource, HFSource, ShardSource
+
+    place = Path(path)
+    if place.suffix == ".npz":
+        return DigitsSource(place, caption=caption)
+    if place.suffix == ".tar":
+        return ShardSource(place, caption=caption)
+    if (place / "state.json").is_file() or (place / "dataset_dict.json").is_file():
+        return HFSource(place, caption=caption)
+    return FolderSource(place, caption=caption)
+
+
+def _texts(source: Source, progress: Any) -> list[str]:
+    out = []
+    for index in range(len(source)):
+        out.append(str(source[index]["text"]))
+        progress(index + 1, len(source))
+    return out

@@ -1,0 +1,181 @@
+"""`mm generate`: pictures or text for a prompt."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mm.commands.common import Bar, parser
+
+if TYPE_CHECKING:
+    from mm.generation import Event
+    from mm.pipelines.base import Pipeline
+
+SAMPLING = ("guidance", "steps", "temperature", "top_p", "top_k")
+
+
+def arguments(argv: list[str]) -> Namespace:
+    command = parser(
+        "generate", "Generate pictures or text with a checkpoint; says where they went and how long it took."
+    )
+    add = command.add_argument
+    add("prompt", nargs="?", default="", help="what to generate, or how the text begins")
+    add("--to", default="image", metavar="KIND", help="what comes out: image or text")
+    add(
+        "--from", dest="given", nargs="+", default=[], metavar="FILE", help="pictures that are given (after the prompt)"
+    )
+    add("--mask", metavar="FILE", help="white where the picture of --from is drawn anew, black where it is kept")
+    add("--model", default="mm-tiny", help="a shipped checkpoint, a folder, or owner/name on the hub")
+    add("--out", metavar="PATH", help="file or folder; pictures have a name made of the prompt by default")
+    add("--num", type=int, default=1, metavar="N", help="how many; with several pictures also a contact sheet of them")
+    add("--seed", type=int, metavar="S", help="the same seed gives the same result")
+    add("--guidance", type=float, metavar="G", help="strength of the prompt, 1 = off; default: the checkpoint's")
+    add("--steps", type=int, metavar="K", help="refinement steps of orders that have them; default: the checkpoint's")
+    add("--temperature", type=float, metavar="T", help="0 = always the likeliest; default: the checkpoint's")
+    add("--top-p", type=float, metavar="P", help="smallest set of tokens that has this probability")
+    add("--top-k", type=int, metavar="K", help="only the K likeliest tokens")
+    add("--max-tokens", type=int, default=128, metavar="N", help="longest text")
+    add("--device", default="cpu", help="cpu or cuda")
+    return command.parse_args(argv)
+
+
+def main(argv: list[str]) -> int:
+    """Returns the exit status; raises `ValueError` for what can't be done."""
+    args = arguments(argv)
+    start = time.perf_counter()
+    from mm.pipelines.any_to_any import AnyToAnyPipeline
+
+    pipeline = AnyToAnyPipeline.from_pretrained(args.model, args.device)
+    loaded = time.perf_counter()
+    pictures = any(len(entry.max_grid) == 2 for entry in pipeline.model.vocabulary.entries)
+    kinds = ["text", "image"] if pictures else ["text"]
+    if args.to not in kinds:
+        raise ValueError(f"{args.model!r} makes {' and '.join(kinds)}, not {args.to!r}")
+    if args.num < 1:
+        raise ValueError(f"--num must be at least 1, got {args.num}")
+    if args.mask and (args.to != "image" or len(args.given) != 1):
+        raise ValueError("--mask goes with --to image and one picture in --from")
+    with Bar("generating", args.to) as bar:
+        done: dict[int, float] = {}
+
+        def progress(event: Event) -> None:
+            done[event.row] = event.done
+            rows = args.num * max(1, len(args.given) if args.to == "text" else 1)
+            bar(sum(done.values()), max(rows, len(done)))
+
+        output = (_images if args.to == "image" else _texts)(pipeline, args, progress)
+    finished = time.perf_counter()
+    count = _write(output, args)
+    what = {"image": "picture", "text": "text"}[args.to] + ("s" if count != 1 else "")
+    print(
+        f"{count} {what} in {finished - loaded:.2f} s (model loaded in {loaded - start:.2f} s), seed {output.seed}",
+        file=sys.stderr,
+    )
+    return 0
+
+
+def _options(args: Namespace) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
+
+
+def _images(pipeline: Pipeline, args: Namespace, progress: Any) -> Any:
+    """Pictures for the prompt; a picture redrawn in part; or a picture after the prompt and the given pictures."""
+    from mm.pipelines.any_to_any import AnyToAnyPipeline
+    from mm.pipelines.outputs import ImageOutput
+    from mm.pipelines.text_to_image import TextToImagePipeline
+
+    if args.given and not args.mask:
+        assert isinstance(pipeline, AnyToAnyPipeline)
+        document = [*([args.prompt] if args.prompt else []), *map(Path, args.given)]
+        out = pipeline(
+            [document] * args.num,
+            to=[pipeline.picture],
+            max_tokens=1,
+            sampling={pipeline.picture: pipeline.sampling(pipeline.picture, _options(args))},
+            seed=args.seed,
+            callback=progress,
+        )
+        images = [next(part for part in parts if not isinstance(part, str)) for parts in out.documents]
+        return ImageOutput(images, [args.prompt] * len(images), [], out.seed)
+    painter = TextToImagePipeline(pipeline.model, pipeline.recommended)
+    return painter(
+        args.prompt,
+        num_images=args.num,
+        image=args.given[0] if args.mask else None,
+        mask=args.mask,
+        seed=args.seed,
+        callback=progress,
+        **_options(args),
+    )
+
+
+def _texts(pipeline: Pipeline, args: Namespace, progress: Any) -> Any:
+    """Texts after given pictures, or the continuation of the prompt."""
+    from mm.pipelines.any_to_any import AnyToAnyPipeline
+    from mm.pipelines.image_to_text import ImageToTextPipeline
+    from mm.pipelines.outputs import TextOutput
+
+    if args.given:
+        reader = ImageToTextPipeline(pipeline.model, pipeline.recommended)
+        return reader(
+            args.given,
+            prompt=args.prompt,
+            num_texts=args.num,
+            max_tokens=args.max_tokens,
+            seed=args.seed,
+            callback=progress,
+            **_options(args),
+        )
+    if not args.prompt:
+        raise ValueError("there is nothing to continue; give a prompt, or pictures with --from")
+    assert isinstance(pipeline, AnyToAnyPipeline)
+    out = pipeline(
+        [[args.prompt]] * args.num,
+        free=False,
+        max_tokens=args.max_tokens,
+        sampling={pipeline.text: pipeline.sampling(pipeline.text, _options(args))},
+        seed=args.seed,
+        callback=progress,
+    )
+    return TextOutput(["".join(map(str, parts)) for parts in out.documents], [], out.seed)
+
+
+def _write(output: Any, args: Namespace) -> int:
+    """Save what was generated and say where; texts also go to standard output."""
+    from mm.pipelines.outputs import PICTURES, ImageOutput, numbered, save_picture
+
+    if not isinstance(output, ImageOutput):
+        several = len(args.given) > 1
+        for number, text in enumerate(output.texts):
+            print(f"{args.given[number // args.num]}: {text}" if several else text)
+        if args.out:
+            places = output.save(args.out)
+            print(f"wrote {places[0]}" + (f" … {places[-1].name}" if len(places) > 1 else ""), file=sys.stderr)
+        return len(output.texts)
+    place = args.out or unused(slug(args.prompt) + ".png")
+    places = output.save(place)
+    if len(places) == 1:
+        print(f"wrote {places[0]}")
+    else:
+        sheet = places[0].with_name("sheet.png") if Path(place).is_dir() else numbered(place, 1, "image", PICTURES)[0]
+        save_picture(output.sheet(), sheet)
+        print(f"wrote {places[0]} … {places[-1].name}, all of them in {sheet}")
+    return len(places)
+
+
+def slug(text: str) -> str:
+    """A file name for a prompt."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60] or "picture"
+
+
+def unused(name: str) -> str:
+    """The name, with a number where it is taken: only `--out` may replace a file."""
+    path, number = Path(name), 1
+    while path.exists() or path.with_name(f"{path.stem}-01{path.suffix}").exists():
+        number += 1
+        path = Path(name).with_name(f"{Path(name).stem}-{number}{Path(name).suffix}")
+    return str(path)

@@ -1,0 +1,153 @@
+"""The model under test: what it draws, what it writes, what its tokenizer keeps. Everything by seed.
+
+Letters in shapes: N pictures, S side in pixels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+from mm import pictures
+from mm.evaluate.results import Figure
+from mm.interfaces import Encoded, ModalityTokenizer, Sampling
+from mm.model import MultimodalModel
+from mm.pipelines.base import Pipeline
+from mm.pipelines.image_to_text import ImageToTextPipeline
+from mm.pipelines.text_to_image import TextToImagePipeline
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Generated pictures."""
+
+    pixels: UInt8[Tensor, "N 3 S S"]
+    valid: list[bool]
+    """Whether each decoded without repair."""
+    reasons: list[str]
+    seconds: float
+    """Of generating and decoding them all."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """Generated captions."""
+
+    texts: list[str]
+    valid: list[bool]
+    """Whether each was proper text."""
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a family of figures hands over: the figures; prompts and pictures to show; all that was generated."""
+
+    figures: list[Figure]
+    prompts: list[str]
+    shown: Drawn
+    drawn: list[Drawn]
+    written: list[Written]
+
+
+class Subject:
+    """A model with text and pictures, used the way its pipelines use it.
+
+    Args:
+        model: a `MultimodalModel`, a pipeline, or whatever holds a model as its `model` (a training module).
+        name: what the results call it.
+        sampling: fields of `Sampling` for pictures, instead of what the checkpoint recommends.
+        batch: rows that are generated at once.
+    """
+
+    def __init__(
+        self,
+        model: MultimodalModel | Pipeline | Any,
+        *,
+        name: str = "model",
+        sampling: Mapping[str, Any] | None = None,
+        batch: int = 32,
+    ) -> None:
+        recommended = dict(model.recommended) if isinstance(model, Pipeline) else {}
+        held = model if isinstance(model, MultimodalModel) else getattr(model, "model", None)
+        if not isinstance(held, MultimodalModel):
+            raise ValueError(f"got a {type(model).__name__} to evaluate; give a model, a pipeline or a training module")
+        self.name, self.model = name, held
+        self.draws = TextToImagePipeline(held, recommended, batch)
+        self.writes = ImageToTextPipeline(held, recommended, batch)
+        self.sampling = self.draws.sampling(self.draws.picture, sampling or {})
+        self.text_sampling = self.writes.sampling(self.writes.text, {}, Sampling(temperature=0.0))
+        self.batch = batch
+        blank = Encoded(grid=self.grid, **self._zeros())
+        self.side = int(max(self.tokenizer.decode(blank).value.size))
+        """Side of the pictures that the tokenizer decodes, in pixels."""
+
+    @property
+    def tokenizer(self) -> ModalityTokenizer:
+        """Of the pictures."""
+        return self.draws.tokenizer(self.draws.picture)
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        return self.model.vocabulary[self.draws.picture].max_grid
+
+    def _zeros(self) -> dict[str, Tensor]:
+        spec, count = self.tokenizer.spec, self.grid[0] * self.grid[1]
+        if spec.kind == "discrete":
+            return {"ids": torch.zeros(count, dtype=torch.int64)}
+        if spec.kind == "codes":
+            return {"codes": torch.zeros(count, spec.num_codes, dtype=torch.int64)}
+        return {"latents": torch.zeros(count, spec.dim)}
+
+    def fingerprint(self) -> str:
+        """Hash of every weight and of the vocabulary, which names the tokenizers' fingerprints."""
+        digest = hashlib.sha256(json.dumps(self.model.vocabulary.to_dict(), sort_keys=True).encode())
+        for name, tensor in sorted(self.model.state_dict().items()):
+            values = tensor.detach().cpu().contiguous()
+            digest.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
+            digest.update(values.reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()[:16]
+
+    def draw(self, prompts: Sequence[str], seed: int) -> Drawn:
+        """One picture a prompt; equal prompts give different ones. `seed` and prompt decide, not the batch."""
+        started = time.perf_counter()
+        tokens = self.draws.generate(self.draws.encode(list(prompts)), sampling=self.sampling, seed=seed)
+        decoded = self._decode(tokens)
+        seconds = time.perf_counter() - started
+        pixels = [pictures.to_bytes(pictures.fit_square(d.value, self.side)) for d in decoded]
+        return Drawn(_stack(pixels, self.side), [d.valid for d in decoded], [d.reason for d in decoded], seconds)
+
+    def write(self, pixels: UInt8[Tensor, "N 3 S S"], seed: int, max_tokens: int) -> Written:
+        """A caption for each picture."""
+        started = time.perf_counter()
+        prompts = self.writes.encode([pictures.to_image(p) for p in pixels])
+        tokens = self.writes.generate(prompts, max_tokens=max_tokens, sampling=self.text_sampling, seed=seed)
+        decoded = self.writes.tokenizer(self.writes.text).decode_batch(tokens)
+        seconds = time.perf_counter() - started
+        return Written([str(d.value) for d in decoded], [d.valid for d in decoded], seconds)
+
+    def encode(self, pixels: UInt8[Tensor, "N 3 S S"]) -> list[Encoded]:
+        """Tokens of pictures."""
+        parts = pixels.split(self.batch)
+        return [e for part in parts for e in self.tokenizer.encode_batch([pictures.to_image(p) for p in part])]
+
+    def reconstruct(self, pixels: UInt8[Tensor, "N 3 S S"]) -> UInt8[Tensor, "N 3 S S"]:
+        """What is left of pictures after the tokenizer, there and back."""
+        decoded = self._decode(self.encode(pixels))
+        return _stack([pictures.to_bytes(pictures.fit_square(d.value, self.side)) for d in decoded], self.side)
+
+    def _decode(self, tokens: Sequence[Encoded]) -> list[Any]:
+        starts = range(0, len(tokens), self.batch)
+        return [d for s in starts for d in self.tokenizer.decode_batch(list(tokens[s : s + self.batch]))]
+
+
+def _stack(pixels: Sequence[Tensor], side: int) -> UInt8[Tensor, "N 3 S S"]:
+    return torch.stack(list(pixels)) if pixels else torch.zeros(0, 3, side, side, dtype=torch.uint8)

@@ -1,0 +1,26 @@
+"""Process settings that make training on a CPU faster. Called by the commands that train, before the first tensor."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+
+def tune_cpu() -> None:
+    """Keep freed memory, and treat denormal numbers as zero.
+
+    By default glibc gives every large tensor back to the kernel and fetches the next one anew, page by page; training spends a
+    third of its time there. And optimizer moments that shrink below 1e-38 make each operation on them many times slower.
+    """
+    import torch
+
+    torch.set_flush_denormal(True)
+    if sys.platform != "linux":
+        return
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        mmap_threshold, trim_threshold = -3, -1
+        libc.mallopt(mmap_threshold, 1 << 30)
+        libc.mallopt(trim_threshold, (1 << 31) - 1)
+    except (OSError, AttributeError):  # another C library: nothing to set
+        return
