@@ -32,8 +32,8 @@ setup-bench: $(STAMPS)/bench ## the same with the peers of `make bench`
 demo: $(STAMPS)/run ## pictures for a prompt and a caption for a picture, from the model that ships with the package
 	@mkdir -p $(OUT)
 	$(BIN)/mm generate "red apple" --to image --num 16 --seed 0 --out $(OUT)/red-apple.png
-	$(BIN)/mm generate "" --to text --from $(OUT)/red-apple.png --seed 0 --out $(OUT)/red-apple.txt
-	@echo "Pictures: $(OUT)/red-apple.png   caption of the first: $(OUT)/red-apple.txt"
+	$(BIN)/mm generate --to text --from $(OUT)/red-apple-01.png --seed 0 --out $(OUT)/red-apple.txt
+	@printf 'The pictures: %s   The first of them in words: ' $(OUT)/red-apple.png; cat $(OUT)/red-apple.txt; echo
 
 app: $(STAMPS)/run ## the demo in a browser
 	$(BIN)/mm app $(ARGS)

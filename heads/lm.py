@@ -78,7 +78,8 @@ def sample_logits(
 ) -> tuple[Tensor, Float[Tensor, " n"]]:
     """Ids drawn with temperature, then top-k, then top-p; and log p of each at temperature 1 (summed over sub-codes).
 
-    Randomness comes from the CPU generator whatever the device, so that a seed means one thing everywhere.
+    Randomness comes from the CPU generator whatever the device, so that a seed means one thing everywhere. Raises
+    `ValueError` for logits that are not numbers.
     """
     shape = logits.shape[:-1]
     flat = logits.reshape(-1, logits.shape[-1])
@@ -88,6 +89,8 @@ def sample_logits(
         chosen = _categorical(truncate(flat / sampling.temperature, sampling.top_k, sampling.top_p), generator)
     log_prob = flat.log_softmax(-1).gather(-1, chosen[:, None])[:, 0]
     log_prob = log_prob.view(shape[0], -1).sum(-1)
+    if log_prob.isnan().any():
+        raise ValueError("the logits are not numbers (NaN): the weights are damaged, or overflow in this precision")
     return chosen.view(shape).cpu(), log_prob.cpu()
 
 

@@ -10,7 +10,7 @@ import abc
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -89,7 +89,7 @@ class Decoded:
 class Configured:
     """Remembers the arguments it was constructed with, so that a checkpoint can write them down (`mm.hub`)."""
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         if cls.__init__ is object.__init__ and (args or kwargs):  # Python lets it pass where only __new__ is defined
             raise TypeError(f"{cls.__name__}() takes no arguments")
         self = super().__new__(cls)
@@ -107,7 +107,9 @@ class Configured:
             value = bound.arguments[parameter.name]
             if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
                 if value:
-                    raise ValueError(f"{type(self).__name__} got unnamed arguments, which a checkpoint can't hold; name them")
+                    raise ValueError(
+                        f"{type(self).__name__} got unnamed arguments, which a checkpoint can't hold; name them"
+                    )
                 continue
             out.update(value if parameter.kind is inspect.Parameter.VAR_KEYWORD else {parameter.name: value})
         return out

@@ -49,6 +49,9 @@ class Vocabulary:
         if len(set(names)) != len(names):
             twice = sorted({n for n in names if names.count(n) > 1})
             raise ValueError(f"two modalities share the name {twice[0]!r}; give each its own (is one overlay loaded twice?)")
+        for name in names:
+            if not name or "." in name or name == "null":  # weights are stored by name; `null` is the absent condition
+                raise ValueError(f"a modality cannot be called {name!r}; use a word without dots other than null")
         if pairs[0][1].kind != "discrete":
             raise ValueError(
                 f"the first modality {names[0]!r} is {pairs[0][1].kind}; it owns the control tokens and must be discrete"

@@ -82,7 +82,9 @@ def test_a_tokenizer_with_weights_has_its_own_folder(tmp_path: Path) -> None:
     from mm.tokenizers.image_vq import ImageVQ
 
     torch.manual_seed(0)
-    tokenizer = ImageVQ(size=8, channels=8, codebook_size=16, code_dim=4).eval()
+    tokenizer = ImageVQ(size=8, channels=8, codebook_size=16, code_dim=4)
+    tokenizer.reconstruct(torch.rand(16, 3, 8, 8))  # the first batch makes the codebook
+    tokenizer.eval()
     base = tiny()
     modality = Modality(name="image", tokenizer=tokenizer, head=type(base.modalities[1].head)(), order=Raster())
     text = Modality(

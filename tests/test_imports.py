@@ -20,12 +20,12 @@ HEAVY = (
 
 CORE = {
     f"mm.{name}"
-    for name in "attention backbone cache generation grammar hub layout model plugins rows training vocabulary "
-    "cli bench data interop orders pipelines".split()
+    for name in "attention backbone cache decoding generation grammar hub layout model plugins rows training "
+    "vocabulary cli commands bench data evaluate export interop orders pipelines".split()
 }
 """What a tokenizer or a head must not need: they are used by these, and tested and reused without them."""
 
-NAMES_PLUGINS = {"mm.testing", "mm.cli", "mm.pipelines", "mm.bench"}
+NAMES_PLUGINS = {"mm.testing", "mm.cli", "mm.commands", "mm.pipelines", "mm.bench"}
 """What may ask the finder for a plug-in by its name: the tiny models of the tests, and the ends of the program."""
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 import mm
 from mm.generation import Event
 from mm.interfaces import Sampling
+from mm.media import load_image
 from mm.orders.masked import Masked
 from mm.orders.raster import Raster
 from mm.pipelines.any_to_any import AnyToAnyPipeline
@@ -252,7 +253,7 @@ def test_saving(tmp_path: Path) -> None:
     painter = TextToImagePipeline(tiny())
     one, many = painter("red", seed=0), painter("red", num_images=3, seed=0)
     assert one.save(tmp_path / "a.png") == [tmp_path / "a.png"]
-    assert Image.open(tmp_path / "a.png").tobytes() == one.images[0].tobytes()
+    assert load_image(tmp_path / "a.png").tobytes() == one.images[0].tobytes()
     assert [p.name for p in many.save(tmp_path / "b.png")] == ["b-01.png", "b-02.png", "b-03.png"]
     assert [p.name for p in many.save(tmp_path / "new" / "c")] == ["c-01.png", "c-02.png", "c-03.png"]
     assert many.save(str(tmp_path))[0] == tmp_path / "image-01.png"

@@ -78,6 +78,8 @@ def test_thirty_modalities_fit_and_more_are_refused() -> None:
         ([("text", TEXT), ("image", IMAGE), ("image", IMAGE)], "two modalities share the name 'image'"),
         ([("latent", LATENT), ("text", TEXT)], "'latent' is continuous; it owns the control tokens"),
         ([("audio", AUDIO)], "'audio' is codes"),
+        ([("text", TEXT), ("null", IMAGE)], "a modality cannot be called 'null'"),
+        ([("text.a", TEXT)], "a modality cannot be called 'text.a'; use a word without dots"),
         ([("text", TEXT), ("image", Spec(kind="discrete", vocab_size=2, max_grid=(257, 1)))], r"up to 256 an axis"),
     ],
 )

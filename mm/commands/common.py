@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 
 def parser(command: str, description: str) -> argparse.ArgumentParser:
@@ -22,7 +22,7 @@ class Bar:
         self.text, self.unit = text, unit
         self.bar: Any = None
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Bar:
         return self
 
     def __call__(self, done: float, total: float) -> None:

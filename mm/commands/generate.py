@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import time
@@ -40,6 +41,7 @@ def arguments(argv: list[str]) -> Namespace:
     add("--top-k", type=int, metavar="K", help="only the K likeliest tokens")
     add("--max-tokens", type=int, default=128, metavar="N", help="longest text")
     add("--device", default="cpu", help="cpu or cuda")
+    add("--threads", type=int, metavar="N", help="CPU threads; default: 1 for small models, else torch's")
     return command.parse_args(argv)
 
 
@@ -48,8 +50,12 @@ def main(argv: list[str]) -> int:
     args = arguments(argv)
     start = time.perf_counter()
     from mm.pipelines.any_to_any import AnyToAnyPipeline
+    from mm.pipelines.outputs import PICTURES, TEXTS, numbered
 
+    if args.out:  # an ending that can't be written is refused before the work
+        numbered(args.out, 1, "out", PICTURES if args.to == "image" else TEXTS)
     pipeline = AnyToAnyPipeline.from_pretrained(args.model, args.device)
+    _threads(pipeline, args.threads)
     loaded = time.perf_counter()
     pictures = any(len(entry.max_grid) == 2 for entry in pipeline.model.vocabulary.entries)
     kinds = ["text", "image"] if pictures else ["text"]
@@ -76,6 +82,18 @@ def main(argv: list[str]) -> int:
         file=sys.stderr,
     )
     return 0
+
+
+def _threads(pipeline: Pipeline, wanted: int | None) -> None:
+    """A step of a small model is over before a second thread has woken up, and beside other programs waiting for that
+    takes a hundred times longer."""
+    import torch
+
+    if wanted is not None and wanted < 1:
+        raise ValueError(f"--threads must be at least 1, got {wanted}")
+    small = sum(parameter.numel() for parameter in pipeline.model.parameters()) < 30_000_000
+    if wanted is not None or (small and "OMP_NUM_THREADS" not in os.environ):
+        torch.set_num_threads(wanted or 1)
 
 
 def _options(args: Namespace) -> dict[str, Any]:

@@ -19,6 +19,7 @@ def main(argv: list[str]) -> int:
     import warnings
 
     from jsonargparse import ArgumentError, set_parsing_settings
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch import LightningDataModule, LightningModule, Trainer
     from lightning.pytorch.callbacks import ModelCheckpoint
     from lightning.pytorch.cli import LightningCLI
@@ -52,17 +53,20 @@ def main(argv: list[str]) -> int:
     set_parsing_settings(docstring_parse_attribute_docstrings=any("help" in argument for argument in argv))
     try:
         with warnings.catch_warnings():
+            # what Lightning's own code is warned of, and that CSV and TensorBoard share a folder
+            warnings.filterwarnings("ignore", module=r"lightning\.pytorch\.(cli|utilities\._pytree)")
             warnings.filterwarnings("ignore", "LightningCLI's args parameter is intended")
+            warnings.filterwarnings("ignore", "Experiment logs directory .* exists")
             CLI(
                 LightningModule,
                 LightningDataModule,
                 subclass_mode_model=True,
                 subclass_mode_data=True,
                 save_config_kwargs={"overwrite": True},
-                parser_kwargs={"exit_on_error": False},
+                parser_kwargs={"exit_on_error": False, "prog": "mm"},
                 args=[argv[0], *expand(argv[1:])],
             )
-    except (ArgumentError, ValueError) as error:
+    except (ArgumentError, MisconfigurationException, ValueError) as error:
         raise ValueError(sentence(str(error))) from error
     return 0
 

@@ -74,10 +74,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     from mm.evaluate.protocol import Protocol
     from mm.evaluate.run import FAMILIES, evaluate
     from mm.pipelines.base import Pipeline
+    from mm.runtime import tune_cpu
 
     for template, names in ((options.emoji_prompt, {"caption", "style"}), (options.digit_prompt, {"name"})):
         if unknown := set(Caption(template).names) - names:
             raise ValueError(f"the prompt {template!r} uses {{{min(unknown)}}}; it may use {', '.join(sorted(names))}")
+    tune_cpu()
     torch.set_num_threads(options.threads)
     protocol = replace(
         Protocol(),
@@ -89,8 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         emoji_prompt=options.emoji_prompt,
         digit_prompt=options.digit_prompt,
     )
-    names = ("guidance", "temperature", "top_p", "top_k", "steps")
-    sampling = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    settings = ("guidance", "temperature", "top_p", "top_k", "steps")
+    sampling = {name: getattr(options, name) for name in settings if getattr(options, name) is not None}
     sources = {kind: open_source(kind, paths) for kind, paths in given.items()}
     started = time.perf_counter()
     report = evaluate(
@@ -110,8 +112,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         from rich.console import Console
 
-        console = Console()
-        console.print(report.table(), width=None if console.is_terminal else 140)
+        width = None if sys.stdout.isatty() else 150  # of a pipe or a file nobody knows one
+        Console(width=width).print(report.table())
     return 0
 
 

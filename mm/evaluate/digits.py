@@ -1,7 +1,8 @@
 """Handwritten digits: are generated ones what was asked for, are real ones named right.
 
-The recogniser is a small network trained here on the real digits that are not held out; it never sees a generated one.
-Its own accuracy on held-out real digits, and on those after the picture tokenizer, stand beside the figures as controls.
+The recogniser is a small network trained here on the real digits that are not held out; it never sees a generated
+one. Its own accuracy on held-out real digits, and on those after the picture tokenizer, stand beside the figures as
+controls.
 """
 
 from __future__ import annotations

@@ -45,9 +45,11 @@ def evaluate_emoji(
     plain = [row for row in seen if protocol.skin_tone not in gallery.captions[row]]
     figures, drawn = [], []
     shown = None
-    for number, (name, rows) in enumerate(
-        (("training captions", choose(gallery, seen, protocol, 1)), ("no skin tone", choose(gallery, plain, protocol, 2)))
-    ):
+    asked = {
+        "training captions": choose(gallery, seen, protocol, 1),
+        "no skin tone": choose(gallery, plain, protocol, 2),
+    }
+    for number, (name, rows) in enumerate(asked.items()):
         if not rows:
             continue
         prompts = [prompt(gallery, row, protocol) for row in rows]
@@ -104,7 +106,8 @@ def caption_figures(
     subject: Subject, gallery: Gallery, seen: Sequence[int], protocol: Protocol, say: Say
 ) -> tuple[list[Figure], list[Written]]:
     """Captions that the model writes for real pictures it was trained on, and for held-out ones (concepts that it has
-    never seen; exact ones are then luck or composition): caption and style to the letter, caption alone, style alone."""
+    never seen; exact ones are then luck or composition): caption and style to the letter, caption alone, style alone.
+    """
     figures, written = [], []
     groups = {"training pictures": choose(gallery, seen, protocol, 3)}
     held = [row for row in range(len(gallery)) if row not in set(seen)]

@@ -1,11 +1,11 @@
 """The network that judges emoji, and what it knows of the real pictures.
 
-It is trained on the real pictures themselves to tell which caption a picture has (in whatever style), which category and
-subcategory, and which style. Distance "by features" is Euclidean between its penultimate features scaled to length 1.
-Because it knows each caption in both styles, pictures of one concept in two styles lie near each other.
+It is trained on the real pictures themselves to tell which caption a picture has (in whatever style), which category
+and subcategory, and which style. Distance "by features" is Euclidean between its penultimate features scaled to length
+1. Because it knows each caption in both styles, pictures of one concept in two styles lie near each other.
 
-Of some concepts that have every style (`controls`) one picture is kept from it: what it says of these pictures tells how
-far it can be trusted about a concept in a style that it has never seen.
+Of some concepts that have every style (`controls`) one picture is kept from it: what it says of these pictures tells
+how far it can be trusted about a concept in a style that it has never seen.
 """
 
 from __future__ import annotations

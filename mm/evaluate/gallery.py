@@ -82,8 +82,8 @@ def load_gallery(source: Source, side: int, holdout_every: int = 20) -> Gallery:
         rows.append((example["key"], str(caption), str(style), kind, int(digit), example["key"] in held))
     if not pixels:
         raise ValueError(f"{source.what} holds no pictures; give a source of pictures")
-    columns = [list(column) for column in zip(*rows, strict=True)]
-    return Gallery(torch.stack(pixels), *columns, identity=source.identity)  # type: ignore[arg-type]
+    keys, captions, styles, kinds, digits, out = (list(column) for column in zip(*rows, strict=True))
+    return Gallery(torch.stack(pixels), keys, captions, styles, kinds, digits, out, source.identity)
 
 
 @dataclass(frozen=True)

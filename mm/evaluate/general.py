@@ -14,8 +14,8 @@ FAMILY = "generation"
 
 
 def evaluate_generation(subject: Subject, outcomes: Sequence[Outcome], protocol: Protocol) -> list[Figure]:
-    """Shares of pictures and captions that decode without repair, and seconds of each (wall clock on this machine, tokens
-    and decoding, in batches and one by one)."""
+    """Shares of pictures and captions that decode without repair, and seconds of each (wall clock on this machine,
+    tokens and decoding, in batches and one by one)."""
     drawn = [made for outcome in outcomes for made in outcome.drawn]
     written = [texts for outcome in outcomes for texts in outcome.written]
     figures = []

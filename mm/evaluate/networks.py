@@ -50,7 +50,9 @@ class Judge(nn.Module):
             nn.ReLU(),
         )
         self.questions = nn.ModuleDict({name: nn.Linear(recipe.features, n) for name, n in classes.items()})
-        self.to(memory_format=torch.channels_last)  # a third faster on CPUs
+        for module in self.trunk:
+            if isinstance(module, nn.Conv2d):  # a third faster on CPUs
+                module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
 
     def forward(self, x: Float[Tensor, "B C S S"]) -> dict[str, Tensor]:
         """Logits by question, of pictures that `look` prepared."""

@@ -97,9 +97,7 @@ class Protocol:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.seed < 0 or self.holdout_every < 0 or self.holdout_every == 1:
-            raise ValueError(
-                f"seed must be >= 0 and holdout_every 0 or >= 2, got {self.seed} and {self.holdout_every}"
-            )
+            raise ValueError(f"seed must be >= 0 and holdout_every 0 or >= 2, got {self.seed} and {self.holdout_every}")
         if self.side < 8 or self.side % 8:
             raise ValueError(f"side must be a multiple of 8, got {self.side}")
 

@@ -101,9 +101,10 @@ class Report:
         from rich.text import Text
 
         title = Text(f"{self.model}  {self.fingerprint}  {self.seconds:.0f} s")
-        table = Table(title=title, caption="± is a 95 % interval; dim rows are controls on real pictures")
-        for column, justify in (("figure", "left"), ("value", "right"), ("95 %", "right"), ("n", "right"), ("goal", "right")):
-            table.add_column(column, justify=justify)  # type: ignore[arg-type]
+        table = Table(title=title, caption="dim rows are controls on real pictures")
+        table.add_column("figure")
+        for column in ("value", "95 %", "n", "goal"):
+            table.add_column(column, justify="right")
         family = ""
         for figure in self.figures:
             if figure.family != family:

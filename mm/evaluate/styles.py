@@ -4,10 +4,11 @@ Some concepts have a picture in one style only. Their picture in the missing sty
 whether the model drew *it* can't be told from that data. What can be told:
 
 - whether the result is in the asked style, to a network's eye and by its nearest real picture;
-- whether it shows the concept: the rank of the concept's *other* picture, the one that exists, among all pictures of that
-  other style. This asks a distance to see through the style, which none does fully; so the same is measured on real
-  pictures (`controls`, kept from the network) and on pictures generated in seen styles, and these are what to compare with;
-- whether the model merely repeats the picture it knows: the nearest of all real pictures is the concept in its known style.
+- whether it shows the concept: the rank of the concept's *other* picture, the one that exists, among all pictures of
+  that other style. This asks a distance to see through the style, which none does fully; so the same is measured on
+  real pictures (`controls`, kept from the network) and on pictures generated in seen styles, to compare with;
+- whether the model merely repeats the picture it knows: the nearest of all real pictures is the concept in its known
+  style.
 
 Where somebody has the missing pictures (`references`), the real question is answered too: the rank of the true picture
 among all pictures of the asked style, top-1 and top-5.
@@ -80,7 +81,8 @@ def missing_style_figures(
     queries = judge.queries(drawn.pixels)
     for distance in DISTANCES:
         pairs = list(zip(judge.searches[distance].match(queries[distance]), asked, strict=True))
-        figures.append(share(FAMILY, f"{name}: nearest has it, {distance}", [m.style in got.styles for got, m in pairs]))
+        fits = [m.style in got.styles for got, m in pairs]
+        figures.append(share(FAMILY, f"{name}: nearest has the asked style, {distance}", fits))
         repeated = [(gallery.captions[m.row], gallery.styles[m.row]) in got.named for got, m in pairs]
         figures.append(share(FAMILY, f"{name}: nearest is the known style's picture, {distance}", repeated))
         kind = [gallery.kinds[m.row] in got.kinds for got, m in pairs]
@@ -104,9 +106,11 @@ def rank_figures(judge: EmojiJudge, name: str, pixels: Tensor, rows: Sequence[in
     return figures
 
 
-def other_style_figures(judge: EmojiJudge, name: str, pixels: Tensor, rows: Sequence[int], **more: bool) -> list[Figure]:
-    """`rank_figures` for pictures that show those of `rows`: the rank of the concept's picture in another style. Concepts
-    of one style are left out."""
+def other_style_figures(
+    judge: EmojiJudge, name: str, pixels: Tensor, rows: Sequence[int], **more: bool
+) -> list[Figure]:
+    """`rank_figures` for pictures that show those of `rows`: the rank of the concept's picture in another style.
+    Concepts of one style are left out."""
     gallery, concepts = judge.gallery, by_concept(judge.gallery)
     kept, others = [], []
     for number, row in enumerate(rows):
@@ -119,7 +123,7 @@ def other_style_figures(judge: EmojiJudge, name: str, pixels: Tensor, rows: Sequ
 
 
 def control_figures(judge: EmojiJudge) -> list[Figure]:
-    """What the network and the distances say of real pictures of concepts that the network knows in another style only."""
+    """What network and distances say of real pictures whose concepts the network knows in another style only."""
     if not judge.controls:
         return []
     pixels = judge.gallery.pixels[judge.controls]
@@ -132,16 +136,17 @@ def control_figures(judge: EmojiJudge) -> list[Figure]:
 def reference_figures(
     subject: Subject, judge: EmojiJudge, pixels: Tensor, asked: Sequence[Missing], references: Gallery
 ) -> list[Figure]:
-    """Top-1 and top-5 of the true picture among all pictures of the asked style (the gallery's and the references'), for
-    generated pictures and, as a control, for the true ones after the tokenizer. Concepts without a reference are left
-    out; so are these figures where none has one."""
+    """Top-1 and top-5 of the true picture among all pictures of the asked style (the gallery's and the references'),
+    for generated pictures and, as a control, for the true ones after the tokenizer. Concepts without a reference are
+    left out; so are these figures where none has one."""
     gallery = judge.gallery
     if references.pixels.shape[1:] != gallery.pixels.shape[1:]:
         raise ValueError(
             f"references have pictures {tuple(references.pixels.shape[1:])}, the gallery "
             f"{tuple(gallery.pixels.shape[1:])}; load both at one size"
         )
-    held = {(caption, style): i for i, (caption, style) in enumerate(zip(references.captions, references.styles, strict=True))}
+    names = zip(references.captions, references.styles, strict=True)
+    held = {pair: index for index, pair in enumerate(names)}
     kept = [number for number, m in enumerate(asked) if (gallery.captions[m.row], m.style) in held]
     if not kept:
         return []

@@ -86,8 +86,7 @@ class Subject:
         self.sampling = self.draws.sampling(self.draws.picture, sampling or {})
         self.text_sampling = self.writes.sampling(self.writes.text, {}, Sampling(temperature=0.0))
         self.batch = batch
-        blank = Encoded(grid=self.grid, **self._zeros())
-        self.side = int(max(self.tokenizer.decode(blank).value.size))
+        self.side = int(max(self.tokenizer.decode(self._blank()).value.size))
         """Side of the pictures that the tokenizer decodes, in pixels."""
 
     @property
@@ -99,13 +98,14 @@ class Subject:
     def grid(self) -> tuple[int, ...]:
         return self.model.vocabulary[self.draws.picture].max_grid
 
-    def _zeros(self) -> dict[str, Tensor]:
+    def _blank(self) -> Encoded:
+        """Tokens of the largest picture, all zero."""
         spec, count = self.tokenizer.spec, self.grid[0] * self.grid[1]
         if spec.kind == "discrete":
-            return {"ids": torch.zeros(count, dtype=torch.int64)}
+            return Encoded(grid=self.grid, ids=torch.zeros(count, dtype=torch.int64))
         if spec.kind == "codes":
-            return {"codes": torch.zeros(count, spec.num_codes, dtype=torch.int64)}
-        return {"latents": torch.zeros(count, spec.dim)}
+            return Encoded(grid=self.grid, codes=torch.zeros(count, spec.num_codes, dtype=torch.int64))
+        return Encoded(grid=self.grid, latents=torch.zeros(count, spec.dim))
 
     def fingerprint(self) -> str:
         """Hash of every weight and of the vocabulary, which names the tokenizers' fingerprints."""

@@ -91,7 +91,10 @@ def read_checkpoint(path: str | Path) -> tuple[Any, dict[str, Tensor]]:
     index = folder / "model.safetensors.index.json"
     files = sorted(folder.glob("*.safetensors"))
     if index.is_file():  # other files beside the shards may hold the same weights under other names
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        try:
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{index} is not an index of weights; download the checkpoint again") from error
         files = [file for file in files if file.name in shards]
         if len(files) != len(shards):
             raise ValueError(f"{path} holds {len(files)} of the {len(shards)} files its index names; download it again")
@@ -118,13 +121,13 @@ def load_language_model(model: MultimodalModel, source: Any) -> None:
         config, state = read_checkpoint(source)
     state = {name.removeprefix("model."): value for name, value in state.items()}
     if "embed_tokens.weight" not in state:
-        raise ValueError("the checkpoint lacks the tensor 'embed_tokens.weight'; it is incomplete or not a language model")
+        raise ValueError("the checkpoint lacks the tensor 'embed_tokens.weight'; it is incomplete or no language model")
     if "lm_head.weight" not in state:
         state["lm_head.weight"] = state["embed_tokens.weight"]  # tied
     try:
         renamed = convert(state, config.num_hidden_layers)
     except KeyError as error:
-        raise ValueError(f"the checkpoint lacks the tensor {error}; it is incomplete or of another architecture") from error
+        raise ValueError(f"the checkpoint lacks the tensor {error}; it is incomplete or of another kind") from error
     renamed["rotary.frequency"] = rotary_frequency(config)
     backbone = model.backbone.state_dict()
     missing, extra = backbone.keys() - renamed.keys(), renamed.keys() - backbone.keys()

@@ -139,9 +139,9 @@ class MaskedSession(Session):
 
 
 def remaining(count: int, hidden: int, step: int, steps: int) -> int:
-    """Elements still hidden after `step` of `steps`: floor(count·cos(π/2·step/steps)), at least 1 and at least one fewer
-    than before, 0 after the last step. `count`: hidden before the first step. In float32, which decides where the product
-    is a whole number but for rounding, as in diffusers."""
+    """Elements still hidden after `step` of `steps`: floor(count·cos(π/2·step/steps)), at least 1 and at least one
+    fewer than before, 0 after the last step. `count`: hidden before the first step. In float32, which decides where the
+    product is a whole number but for rounding, as in diffusers."""
     if step >= steps:
         return 0
     share = torch.cos(torch.tensor(step / steps, dtype=torch.float32) * math.pi / 2)

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Self, TypedDict
+from typing import Any, Literal, TypedDict, TypeVar
 
 import torch
 from PIL import Image
@@ -22,6 +22,7 @@ from mm.layout import Segment
 from mm.media import load_image
 from mm.model import MultimodalModel
 
+P = TypeVar("P", bound="Pipeline")
 Callback = Callable[[Event], None]
 Picture = str | os.PathLike[str] | Image.Image
 """A path or a PIL picture."""
@@ -58,8 +59,8 @@ class Pipeline:
 
     @classmethod
     def from_pretrained(
-        cls, path_or_name: str | os.PathLike[str] = "mm-tiny", device: torch.device | str = "cpu"
-    ) -> Self:
+        cls: type[P], path_or_name: str | os.PathLike[str] = "mm-tiny", device: torch.device | str = "cpu"
+    ) -> P:
         """A pipeline with the model of a checkpoint: the name of one that is shipped, a folder, or a hub name.
 
         Raises `ValueError` as `mm.hub.load_pretrained`.
@@ -77,7 +78,7 @@ class Pipeline:
         """Write a checkpoint folder that `from_pretrained` reads; see `mm.hub.save_pretrained`."""
         return hub.save_pretrained(self.model, path, card, storage=storage, sampling=self.recommended)
 
-    def to(self, device: torch.device | str) -> Self:
+    def to(self: P, device: torch.device | str) -> P:
         """Move model and tokenizers."""
         self.model.to(device)
         for modality in self.model.modalities:

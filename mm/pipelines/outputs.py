@@ -14,6 +14,7 @@ from mm.interfaces import Encoded
 from mm.sheet import grid
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+TEXTS = (".txt", ".md")
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class TextOutput:
 
     def save(self, path: str | os.PathLike[str]) -> list[Path]:
         """Write one text to `path`, several to numbered files beside it (`name-01.txt`), into a folder if it is one."""
-        places = numbered(path, len(self.texts), "text", (".txt", ".md"))
+        places = numbered(path, len(self.texts), "text", TEXTS)
         for place, text in zip(places, self.texts, strict=True):
             safe_io.write_text(place, text + "\n")
         return places

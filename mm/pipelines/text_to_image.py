@@ -78,7 +78,7 @@ class TextToImagePipeline(Pipeline):
         documents = []
         for prompt in prompts:
             if prompt is not None and isinstance(prompt, str) and not prompt.strip():
-                raise ValueError("the prompt is empty; say what the picture shows, or give None for any picture")
+                raise ValueError("the prompt is empty; say what the picture shows (None stands for any picture)")
             documents.append([Segment(NULL, None, loss=False) if prompt is None else self.encode_text(prompt)])
         return documents
 

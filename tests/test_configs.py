@@ -1,0 +1,70 @@
+"""Every shipped configuration: it parses, and each system trains a step at debug size on data made here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mm.commands.train import SHIPPED, main
+
+SYSTEMS = sorted(path.stem for path in (SHIPPED / "systems").glob("*.yaml"))
+PALETTE = [
+    "--model.init_args.modalities.tokenizer=mm.testing.Palette",
+    "--model.init_args.modalities.tokenizer.init_args.side=4",
+]
+QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from mm.data.convert import make_digits
+
+    folder = tmp_path_factory.mktemp("configs")
+    make_digits(folder / "data" / "debug", count=60, size=8)
+    return folder
+
+
+@pytest.fixture
+def here(digits: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(digits)
+    return digits
+
+
+def test_there_are_systems() -> None:
+    assert {"liquid", "llamagen", "parti", "maskgit", "meissonic"} <= set(SYSTEMS)
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_a_system_trains_and_validates_at_debug_size(system: str, here: Path) -> None:
+    assert main(["fit", "-c", f"configs/systems/{system}.yaml", "-c", "debug.yaml", *PALETTE, *QUIET]) == 0
+    assert sorted(p.name for p in here.iterdir()) == ["data"], "a debug run leaves nothing behind"
+
+
+def parsed(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:  # type: ignore[type-arg]
+    with pytest.raises(SystemExit) as done:
+        main(["fit", *arguments, "--print_config"])
+    assert done.value.code == 0
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+def test_base_and_modalities_make_a_run(capsys: pytest.CaptureFixture[str]) -> None:
+    for overlay in sorted((SHIPPED / "modalities").glob("*.yaml")):
+        config = parsed(capsys, "-c", "base.yaml", "-c", "modalities/text.yaml", "-c", str(overlay))
+        modalities = config["model"]["init_args"]["modalities"]
+        assert len(modalities) == 2 and modalities[0]["name"] == "text"
+        paths = config["data"]["init_args"]["train"][0]["source"]["init_args"]["paths"]
+        assert paths == ["data/emoji-noto.tar", "data/emoji-twemoji.tar"]
+
+
+@pytest.mark.parametrize("file", sorted((SHIPPED / "tokenizers").glob("*.yaml")), ids=lambda path: path.stem)
+def test_tokenizer_configurations_parse(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert parsed(capsys, "-c", str(file))["model"]["class_path"] == "mm.training_tokenizer.TokenizerModule"
+
+
+def test_two_modalities_of_one_name_are_refused(here: Path) -> None:
+    """As happens when one overlay is given twice: lists append."""
+    text = ["-c", "modalities/text.yaml"]
+    with pytest.raises(ValueError, match="two modalities share the name 'text'; give each its own"):
+        main(["fit", "-c", "base.yaml", *text, *text, "-c", "debug.yaml"])

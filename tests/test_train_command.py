@@ -1,0 +1,163 @@
+"""`mm fit` and its siblings: what a run leaves behind, going on after it, and configurations that can't be used."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from mm.commands import train
+from mm.commands.train import SHIPPED, contents, expand, find, main, sentence
+
+PALETTE = [
+    "--model.init_args.modalities.tokenizer=mm.testing.Palette",
+    "--model.init_args.modalities.tokenizer.init_args.side=4",
+]
+QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from mm.data.convert import make_digits
+
+    folder = tmp_path_factory.mktemp("train")
+    make_digits(folder / "data" / "debug", count=60, size=8)
+    return folder
+
+
+@pytest.fixture
+def here(digits: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(digits)
+    return digits
+
+
+def test_a_run_leaves_logs_checkpoints_and_a_model_and_goes_on(here: Path, tmp_path: Path) -> None:
+    """The base configuration's callbacks at work: what lies where, what the exported weights are, and resuming."""
+    import mm
+    from mm.hub import load_pretrained
+
+    overlay = tmp_path / "run.yaml"
+    overlay.write_text(
+        yaml.safe_dump(
+            {
+                "trainer": {
+                    "fast_dev_run": False,
+                    "default_root_dir": str(tmp_path / "run"),
+                    "max_steps": 4,
+                    "val_check_interval": 2,
+                    "log_every_n_steps": 1,
+                    "callbacks": [
+                        {"class_path": "mm.ema.EMA", "init_args": {"decay": 0.5}},
+                        {"class_path": "mm.export.SavePretrained", "init_args": {"storage": "float16"}},
+                        {
+                            "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+                            "init_args": {"every_n_train_steps": 2, "save_last": True},
+                        },
+                    ],
+                },
+                "data": {"init_args": {"cache": str(tmp_path / "cache")}},
+            }
+        )
+    )
+    arguments = ["-c", "systems/llamagen.yaml", "-c", "debug.yaml", "-c", str(overlay), *PALETTE, *QUIET]
+    assert main(["fit", *arguments]) == 0
+    run = tmp_path / "run"
+    logs = run / "logs" / "version_0"
+    assert (run / "checkpoints" / "last.ckpt").is_file() and (logs / "config.yaml").is_file()
+    assert list(logs.glob("events.out.tfevents*")) and list(logs.glob("samples/step-*.png"))
+    with (logs / "metrics.csv").open() as file:
+        steps = [int(row["step"]) for row in csv.DictReader(file) if row["train/loss"]]
+    assert steps == [0, 1, 2, 3]
+    state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    shadow = state["callbacks"]["EMA"]["shadow"]["model.embedding.weight"]
+    exported = load_pretrained(run / "model")
+    assert torch.equal(exported.embedding.weight.detach(), shadow.half().float())
+    assert not torch.equal(shadow.half().float(), state["state_dict"]["model.embedding.weight"].half().float())
+    assert len(mm.TextToImagePipeline.from_pretrained(run / "model")("digit two", seed=0).images) == 1
+
+    # what the run saved of its configuration is a configuration, and the run goes on from its last checkpoint
+    again = ["-c", str(logs / "config.yaml"), "--trainer.max_steps=6", "--ckpt_path=last"]
+    assert main(["fit", *again]) == 0
+    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 6
+    with (run / "logs" / "version_1" / "metrics.csv").open() as file:
+        assert [int(row["step"]) for row in csv.DictReader(file) if row["train/loss"]] == [4, 5]
+    assert main(["validate", "-c", str(logs / "config.yaml")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("overlay", "message"),
+    [
+        ({"model": {"init_args": {"backbone": {"widht": 3}}}}, "mm.training.ModelTraining: .*backbone.*'widht'"),
+        ({"model": {"init_args": {"larning_rate": 3}}}, "'larning_rate' is not accepted"),
+        ({"trainer": {"max_stepps": 3}}, "max_stepps"),
+        ({"data": {"init_args": {"tokns": 3}}}, "MultimodalDataModule: Option 'tokns' is not accepted"),
+        ({"modle": {"x": 1}}, "does not accept option 'modle.x'"),
+        (
+            {"model": {"init_args": {"modalities+": [{"name": "x", "tokenizer": {}, "hed": {}}]}}},
+            "model: mm.training.ModelTraining: modalities",
+        ),
+    ],
+)
+def test_misspelt_keys_are_refused_by_name(overlay: dict, message: str, here: Path, tmp_path: Path) -> None:  # type: ignore[type-arg]
+    file = tmp_path / "overlay.yaml"
+    file.write_text(yaml.safe_dump(overlay))
+    with pytest.raises(ValueError, match=message) as caught:
+        main(["fit", "-c", "systems/llamagen.yaml", "-c", "debug.yaml", "-c", str(file), *PALETTE])
+    assert "\n" not in str(caught.value)
+
+
+def test_extends_is_relative_and_comes_first(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "root.yaml").write_text("x: 1\n")
+    (tmp_path / "a" / "middle.yaml").write_text("extends: [../root.yaml]\ny: 2\n")
+    top = tmp_path / "top.yaml"
+    top.write_text("extends: [a/middle.yaml, root.yaml]\nz: 3\n")
+    assert [yaml.safe_load(text) for text in contents(top, [])] == [{"x": 1}, {"y": 2}, {"x": 1}, {"z": 3}]
+    assert expand(["--a", "1", "-c", str(tmp_path / "root.yaml"), f"--config={tmp_path / 'root.yaml'}"]) == [
+        *["--a", "1"],
+        *["--config", "x: 1\n"] * 2,
+    ]
+
+
+def test_configurations_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "a.yaml"
+    for text, message in (
+        ("extends: [a.yaml]", "extends itself"),
+        ("extends: [b.yaml]", "extends 'b.yaml', which is missing"),
+        ("extends: b.yaml", "extends of .* must be a list of files"),
+        ("- 1", "is a list, expected keys"),
+        ("a: [", "is not YAML"),
+        ("a: !!python/object/apply:os.system [true]", "is not YAML"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=message) as caught:
+            expand(["-c", str(file)])
+        assert "\n" not in str(caught.value)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "MAX_BYTES", 3)
+    with pytest.raises(ValueError, match="too large"):
+        expand(["-c", str(file)])
+    for name in ("nothing.yaml", "../configs/base.yaml", "configs/nothing.yaml", "systems"):
+        with pytest.raises(ValueError, match="there is no configuration"):
+            find(name)
+    with pytest.raises(ValueError, match="-c needs the path"):
+        expand(["-c"])
+    assert find("configs/base.yaml") == find("base.yaml") == SHIPPED / "base.yaml"
+
+
+def test_the_parsers_tree_becomes_a_sentence() -> None:
+    tree = """Parser key "model":
+  Does not validate against any of the Union subtypes
+  Subtypes: [<class 'a'>, <class 'NoneType'>]
+  Errors:
+    - Problem with given class_path 'mm.X':
+        Parser key "lr":
+          Expected a <class 'float'>. Got value: x
+    - Expected a <class 'NoneType'>
+  Given value type: <class 'dict'>
+  Given value: {'lr': 'x'}"""
+    assert sentence(tree) == "model: mm.X: lr: Expected a <class 'float'>. Got value: x"
+    assert sentence("one line") == "one line"
