@@ -125,7 +125,7 @@ class SingleStep:
             self.x.addmm_(F.silu(self.gate, inplace=True).mul_(self.up), layer.down)
         return self._normed(self.norm)
 
-    def _normed(self, weight: Float[Tensor, " 2W"]) -> Float[Tensor, "R W"]:
+    def _normed(self, weight: Float[Tensor, " W2"]) -> Float[Tensor, "R W"]:
         """RMSNorm as the layer norm of [x, −x]: its mean is 0 and its variance the mean square of x, and PyTorch has a fused
         layer norm on the CPU, but no RMS norm (five operations)."""
         torch.neg(self.x, out=self.mirror)
