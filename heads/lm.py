@@ -30,7 +30,9 @@ class LMHead(Head):
 
     def build(self, *, width: int, spec: Spec, controls: int = 0) -> None:
         if spec.kind == "continuous":
-            raise ValueError("LMHead predicts ids, but this tokenizer is continuous; give the modality a continuous head")
+            raise ValueError(
+                "LMHead predicts ids, but this tokenizer is continuous; give the modality a continuous head"
+            )
         if controls and spec.kind != "discrete":
             raise ValueError("the host modality must be discrete: its head also predicts the control tokens")
         self.sub_codes = spec.kind == "codes"

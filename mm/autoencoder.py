@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import cast, Literal
+from typing import Literal, cast
 
 import torch.nn.functional as F
 from jaxtyping import Float

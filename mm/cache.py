@@ -203,8 +203,4 @@ def _kind(chunk: Chunk, start: int) -> str:
 
 
 def _joins(before: tuple[Chunk, int, str], after: tuple[Chunk, int, str]) -> bool:
-    return (
-        after[0].row == before[0].row + 1
-        and len(after[0].order) == len(before[0].order)
-        and after[2] == before[2]
-    )
+    return after[0].row == before[0].row + 1 and len(after[0].order) == len(before[0].order) and after[2] == before[2]

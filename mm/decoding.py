@@ -66,7 +66,9 @@ class SingleStep:
     @staticmethod
     def fits(backbone: Backbone) -> bool:
         """Whether this class computes what the backbone would: a plain float32 decoder on the CPU, nothing hooked or wrapped."""
-        linear = (part for b in backbone.blocks for part in (b.attention.qkv, b.attention.out, b.mlp.gate_up, b.mlp.down))
+        linear = (
+            part for b in backbone.blocks for part in (b.attention.qkv, b.attention.out, b.mlp.gate_up, b.mlp.down)
+        )
         return (
             backbone.norm.weight.device.type == "cpu"
             and not backbone.config.adaln
@@ -88,11 +90,9 @@ class SingleStep:
         self.gate_up = torch.empty(rows, 2 * c.hidden)
         self.gate, self.up = self.gate_up.chunk(2, dim=-1)
 
-    def __call__(
-        self, x: Float[Tensor, "R W"], position: Float[Tensor, "R 3"], first: int
-    ) -> Float[Tensor, "R W"]:
+    def __call__(self, x: Float[Tensor, "R W"], position: Float[Tensor, "R 3"], first: int) -> Float[Tensor, "R W"]:
         """Hidden state of the next position of cache rows `first`, `first` + 1, …"""
-        rows, cache, width = len(x), self.cache, self.config.width
+        rows, cache, _width = len(x), self.cache, self.config.width
         if rows != self.rows:
             self._allocate(rows)
         lengths = cache.lengths[first : first + rows]
@@ -114,7 +114,9 @@ class SingleStep:
             else:
                 torch.addmm(layer.qkv_bias, h, layer.qkv, out=self.qkv)
             if layer.qk_norm is not None:
-                self.qk.copy_(F.rms_norm(self.qk, (self.config.head_dim,), None, self.config.norm_eps)).mul_(layer.qk_norm)
+                self.qk.copy_(F.rms_norm(self.qk, (self.config.head_dim,), None, self.config.norm_eps)).mul_(
+                    layer.qk_norm
+                )
             swapped = self.halves.flip(2).flatten(2)
             self.qk.mul_(cos).addcmul_(swapped, sin)
             all_keys.index_copy_(0, slots, self.k)

@@ -173,7 +173,9 @@ def assemble(feeds: Sequence[Feed], device: torch.device) -> TokenStream:
     stream = TokenStream(
         modality=torch.tensor([m for feed in feeds for m in feed.modality]),
         ids=torch.tensor([i for feed in feeds for i in feed.ids]),
-        document=torch.repeat_interleave(torch.arange(len(feeds)), torch.tensor(lengths)) if len(feeds) < total else zero,
+        document=torch.repeat_interleave(torch.arange(len(feeds)), torch.tensor(lengths))
+        if len(feeds) < total
+        else zero,
         order=zero,
         copy=zero,
         position=torch.tensor([p for feed in feeds for p in feed.position]),

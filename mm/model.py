@@ -61,7 +61,9 @@ class MultimodalModel(nn.Module):
             if spec.kind == "codes":
                 self.code_embeddings[modality.name] = nn.Embedding(spec.num_codes * spec.vocab_size, width)
             elif spec.kind == "continuous":
-                raise ValueError(f"{modality.name}: continuous tokenizers are not supported by this version of the model")
+                raise ValueError(
+                    f"{modality.name}: continuous tokenizers are not supported by this version of the model"
+                )
             for name, features in getattr(modality.order, "conditions", {}).items():
                 known = self.inject[name].features if name in self.inject else features
                 if known != features:

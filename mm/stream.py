@@ -143,7 +143,8 @@ class TokenStream:
         changed: dict[str, Any] = {name: function(getattr(self, name)) for name in POSITIONAL}
         for kind in RECORDS:
             changed[kind] = {
-                name: Placed(values=function(r.values), index=function(r.index)) for name, r in getattr(self, kind).items()
+                name: Placed(values=function(r.values), index=function(r.index))
+                for name, r in getattr(self, kind).items()
             }
         moved = replace(self, **changed)
         for name in ("lengths", "runs"):  # derived facts stay true, and were computed where it is cheap

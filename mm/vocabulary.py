@@ -48,7 +48,9 @@ class Vocabulary:
             raise ValueError("a vocabulary needs at least one modality")
         if len(set(names)) != len(names):
             twice = sorted({n for n in names if names.count(n) > 1})
-            raise ValueError(f"two modalities share the name {twice[0]!r}; give each its own (is one overlay loaded twice?)")
+            raise ValueError(
+                f"two modalities share the name {twice[0]!r}; give each its own (is one overlay loaded twice?)"
+            )
         for name in names:
             if not name or "." in name or name == "null":  # weights are stored by name; `null` is the absent condition
                 raise ValueError(f"a modality cannot be called {name!r}; use a word without dots other than null")
@@ -66,7 +68,12 @@ class Vocabulary:
             size = spec.vocab_size if spec.kind == "discrete" else 0
             self.entries.append(
                 Entry(
-                    name=name, start=start, size=size, kind=spec.kind, max_grid=spec.max_grid, fingerprint=spec.fingerprint
+                    name=name,
+                    start=start,
+                    size=size,
+                    kind=spec.kind,
+                    max_grid=spec.max_grid,
+                    fingerprint=spec.fingerprint,
                 )
             )
             start += size
@@ -112,7 +119,9 @@ class Vocabulary:
         if not entry.max_grid:
             return [self.begin(name)]
         if len(grid) != len(entry.max_grid) or any(g > m for g, m in zip(grid, entry.max_grid, strict=True)):
-            raise ValueError(f"{name}: a grid of {grid} does not fit the largest grid {entry.max_grid} of its tokenizer")
+            raise ValueError(
+                f"{name}: a grid of {grid} does not fit the largest grid {entry.max_grid} of its tokenizer"
+            )
         return [self.begin(name), *(self.extent(g) for g in grid)]
 
     def describe(self, token: int) -> str:

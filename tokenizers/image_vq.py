@@ -275,6 +275,14 @@ class ImageVQ(TrainableTokenizer):
         _write(path / CONFIG, json.dumps(config, indent=2).encode())
 
     @classmethod
+    def tiny(cls) -> ImageVQ:
+        """A small random tokenizer whose codebook is initialised, for tests."""
+        tokenizer = cls(size=16, channels=8, codebook_size=16, code_dim=4).train()
+        tokenizer.reconstruct(torch.rand(4, 3, 16, 16) * 2 - 1)
+        tokenizer.weights_changed()
+        return tokenizer.eval()
+
+    @classmethod
     def from_directory(cls, path: str | Path) -> ImageVQ:
         """A saved tokenizer, in evaluation mode.
 
@@ -374,8 +382,9 @@ def _check(c: dict[str, Any]) -> None:
         )
     widths = [w * m for w in (c["channels"], c["decoder_channels"]) for m in c["multipliers"]]
     if min(widths) < 1 or max(widths) > 4096 or not 1 <= c["blocks"] <= 64 or not 1 <= c["decoder_blocks"] <= 64:
-        raise ValueError(f"widths must be in 1..4096 and blocks in 1..64, got {widths}, {c['blocks']} and "
-                         f"{c['decoder_blocks']}")
+        raise ValueError(
+            f"widths must be in 1..4096 and blocks in 1..64, got {widths}, {c['blocks']} and {c['decoder_blocks']}"
+        )
     if c["block"] not in BLOCKS:
         raise ValueError(f"block must be one of {', '.join(BLOCKS)}, got '{c['block']}'")
     heads = c["attention_heads"]

@@ -59,7 +59,9 @@ class PictureBatch(NamedTuple):
     """Index into the data module's `names`."""
 
 
-def read_pictures(source: PictureSource, size: int, *, strict: bool = False) -> tuple[list[str], UInt8[Tensor, "N 3 S S"]]:
+def read_pictures(
+    source: PictureSource, size: int, *, strict: bool = False
+) -> tuple[list[str], UInt8[Tensor, "N 3 S S"]]:
     """All pictures of one file, sorted by their key (file stem, or running number), with the keys.
 
     Broken members are skipped with one counted warning, or raise if `strict`.
@@ -221,7 +223,9 @@ class ImageTensorDataModule(L.LightningDataModule):
         if not sources or len({s.name for s in sources}) != len(sources):
             raise ValueError(f"sources must be one or more files of different names, got {[s.name for s in sources]}")
         if batch_size < 1 or holdout_every == 1 or holdout_every < 0:
-            raise ValueError(f"batch_size >= 1 and holdout_every 0 or >= 2 are needed, got {batch_size}, {holdout_every}")
+            raise ValueError(
+                f"batch_size >= 1 and holdout_every 0 or >= 2 are needed, got {batch_size}, {holdout_every}"
+            )
         if any(not 0 < s.share <= 1 for s in sources):
             raise ValueError(f"share must be in (0, 1], got {[s.share for s in sources]}")
         self.sources, self.size, self.batch_size = sources, size, batch_size

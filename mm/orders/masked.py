@@ -54,7 +54,9 @@ class Masked(Order):
         inject = {}
         if self.rate_condition:
             if len(micro) != len(self.micro):
-                raise ValueError(f"this order conditions on {len(self.micro)} micro-conditions, the item has {len(micro)}")
+                raise ValueError(
+                    f"this order conditions on {len(self.micro)} micro-conditions, the item has {len(micro)}"
+                )
             facts = torch.tensor([float(hidden.float().mean()), *micro])
             inject[RATE] = facts.expand(len(hidden), -1)
         return Layout(
