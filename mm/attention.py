@@ -10,7 +10,7 @@ the backbone can be given; both are callables `(layer, q, k, v) -> out`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -127,7 +127,7 @@ def _sdpa(run: Run, mask: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> Ten
 # --- xformers (CUDA) ------------------------------------------------------------------------------------------------
 
 
-def xformers_bias(stream: TokenStream):  # noqa: ANN201 (an xformers type, imported only where xformers is)
+def xformers_bias(stream: TokenStream) -> Any:
     """The xformers bias of a stream: block-diagonal causal for packed causal documents, else a dense additive bias."""
     from xformers.ops.fmha import attn_bias as biases
 
@@ -149,7 +149,7 @@ def dense_bias(mask: Bool[Tensor, "Q S"], dtype: torch.dtype = torch.float32) ->
     return bias
 
 
-def xformers_attention(q: Tensor, k: Tensor, v: Tensor, bias) -> Tensor:  # noqa: ANN001
+def xformers_attention(q: Tensor, k: Tensor, v: Tensor, bias: Any) -> Tensor:
     """xformers fused attention over packed positions. Grouped-query heads are broadcast where the kernels can do it:
     without a dense bias, and forward only."""
     from xformers.ops import memory_efficient_attention

@@ -11,13 +11,14 @@ Letters in shapes: R rows, W width, H query heads, G key/value heads, E head wid
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mm.backbone import Backbone, RMSNorm
+from mm.backbone import Attention, Backbone, Block, RMSNorm
 from mm.cache import KVCache
 
 
@@ -43,6 +44,7 @@ class SingleStep:
 
     def __init__(self, backbone: Backbone, cache: KVCache) -> None:
         self.config, self.cache = backbone.config, cache
+        blocks = cast(list[Block], list(backbone.blocks))
         self.layers = [
             _Layer(
                 attention_norm=_twice(block.attention_norm),
@@ -54,7 +56,7 @@ class SingleStep:
                 gate_up=block.mlp.gate_up.weight.t(),
                 down=block.mlp.down.weight.t(),
             )
-            for block in backbone.blocks
+            for block in blocks
         ]
         self.norm = _twice(backbone.norm)
         # cos is even and sin is odd, so one table of angles with the first half negated gives both factors of `apply_rotary`
@@ -67,7 +69,9 @@ class SingleStep:
     def fits(backbone: Backbone) -> bool:
         """Whether this class computes what the backbone would: a plain float32 decoder on the CPU, nothing hooked or wrapped."""
         linear = (
-            part for b in backbone.blocks for part in (b.attention.qkv, b.attention.out, b.mlp.gate_up, b.mlp.down)
+            part
+            for b in cast(list[Block], list(backbone.blocks))
+            for part in (b.attention.qkv, b.attention.out, b.mlp.gate_up, b.mlp.down)
         )
         return (
             backbone.norm.weight.device.type == "cpu"
@@ -92,7 +96,7 @@ class SingleStep:
 
     def __call__(self, x: Float[Tensor, "R W"], position: Float[Tensor, "R 3"], first: int) -> Float[Tensor, "R W"]:
         """Hidden state of the next position of cache rows `first`, `first` + 1, …"""
-        rows, cache, _width = len(x), self.cache, self.config.width
+        rows, cache = len(x), self.cache
         if rows != self.rows:
             self._allocate(rows)
         lengths = cache.lengths[first : first + rows]
@@ -138,7 +142,7 @@ def _twice(norm: RMSNorm) -> Tensor:
     return norm.weight.repeat(2)
 
 
-def _head_norms(attention: nn.Module) -> Float[Tensor, "N E"] | None:
+def _head_norms(attention: Attention) -> Float[Tensor, "N E"] | None:
     """Weights of the query and the key norm, one row a head (queries, then keys)."""
     if attention.q_norm is None or attention.k_norm is None:
         return None

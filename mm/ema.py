@@ -41,7 +41,7 @@ class EMA(L.Callback):
     @staticmethod
     def _tracked(module: torch.nn.Module) -> dict[str, Tensor]:
         persistent = module.state_dict(keep_vars=True)
-        found = {n: p for n, p in module.named_parameters() if p.requires_grad and n in persistent}
+        found: dict[str, Tensor] = {n: p for n, p in module.named_parameters() if p.requires_grad and n in persistent}
         found |= {n: b for n, b in module.named_buffers() if b.is_floating_point() and n in persistent}
         return found
 

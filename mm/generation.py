@@ -123,7 +123,11 @@ class Engine:
         for feed in feeds:
             length = len(feed.order)
             if feed.read is not None:
-                states = hidden[base + length - 1 : base + length] if feed.read == "last" else hidden[base + feed.read]
+                states = (
+                    hidden[base + length - 1 : base + length]
+                    if isinstance(feed.read, str)
+                    else hidden[base + feed.read]
+                )
                 if feed.twin:
                     twins[feed.row] = states
                 else:
@@ -131,15 +135,17 @@ class Engine:
                     wanted.setdefault(row.head, []).append((row, feed, states))
             base += length
         for head, asking in wanted.items():
-            states, draws, at = [], [], 0
+            parts: list[Tensor] = []
+            draws: list[Draw] = []
+            at = 0
             for row, feed, own in asking:
                 place = slice(at, at + len(own))
-                states.append(own)
+                parts.append(own)
                 at += len(own)
                 twin = twins.get(feed.row) if row.scale != 1.0 else None
                 unconditional = None
                 if twin is not None:
-                    states.append(twin)
+                    parts.append(twin)
                     unconditional = slice(at, at + len(twin))
                     at += len(twin)
                 draws.append(
@@ -153,9 +159,9 @@ class Engine:
                     )
                 )
             name = self.model.modalities[head].name
-            together = states[0] if len(states) == 1 else torch.cat(states)
+            together = parts[0] if len(parts) == 1 else torch.cat(parts)
             for (row, _, _), (tokens, log_prob) in zip(
-                asking, self.model.heads[name].sample(together, draws), strict=True
+                asking, self.model.head(name).sample(together, draws), strict=True
             ):
                 row.accept(tokens, log_prob)
 

@@ -141,7 +141,7 @@ class _Draft:
             self.parts.setdefault(name, []).append(value)
 
     def stream(self) -> TokenStream:
-        merged = {name: torch.cat(values) for name, values in self.parts.items()}
+        merged: dict[str, Any] = {name: torch.cat(values) for name, values in self.parts.items()}
         if self.links:
             where, target, weight = zip(*self.links, strict=True)
             index = torch.tensor(where)
@@ -154,6 +154,6 @@ class _Draft:
             }
             for kind, named in self.records.items()
         }
-        stream = TokenStream(document=torch.zeros(self.length, dtype=torch.int64), **merged, **records)
+        stream = TokenStream(document=torch.zeros(self.length, dtype=torch.int64), **merged | records)
         stream.__dict__["lengths"] = [self.length]
         return stream

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from mm.attention import AttentionPlan, Packed
 from mm.backbone import Backbone, BackboneConfig, Float32Buffers
 from mm.grammar import Grammar
-from mm.interfaces import Modality
+from mm.interfaces import Head, Modality
 from mm.layout import DocumentBuilder
 from mm.stream import TokenStream
 from mm.vocabulary import NAMED, SIZES, Vocabulary
@@ -74,11 +75,15 @@ class MultimodalModel(nn.Module):
                 if name not in self.inject:
                     self.inject[name] = Conditions(features, width)
         for table in (self.embedding, self.mask, *self.code_embeddings.values()):
-            nn.init.normal_(table.weight, std=0.02)
+            nn.init.normal_(cast(nn.Embedding, table).weight, std=0.02)
 
     @property
     def device(self) -> torch.device:
         return self.embedding.weight.device
+
+    def head(self, name: str) -> Head:
+        """The head of a modality."""
+        return cast(Head, self.heads[name])
 
     # --- forward ----------------------------------------------------------------------------------------------------
 
@@ -87,7 +92,7 @@ class MultimodalModel(nn.Module):
         if stream.codes:
             x = F.embedding(stream.ids.clamp(min=0), self.embedding.weight) * (stream.ids >= 0)[:, None]
             for name, record in stream.codes.items():
-                table = self.code_embeddings[name]
+                table = cast(nn.Embedding, self.code_embeddings[name])
                 per_code = table.num_embeddings // record.values.shape[1]
                 shifted = record.values + per_code * torch.arange(record.values.shape[1], device=record.values.device)
                 valid = (record.values >= 0)[..., None]
@@ -106,7 +111,7 @@ class MultimodalModel(nn.Module):
 
     def logits(self, stream: TokenStream, name: str) -> Tensor:
         """Teacher-forced logits of one modality's head at every position."""
-        head = self.heads[name]
+        head = cast(Any, self.heads[name])  # only heads of ids have logits
         return head.logits(self(stream))
 
     # --- loss -------------------------------------------------------------------------------------------------------
@@ -125,7 +130,7 @@ class MultimodalModel(nn.Module):
             if not len(places):
                 continue
             name, source = modality.name, predicting[places]
-            losses = self.heads[name].loss(hidden[source], self.truth(stream, number, target[places]))
+            losses = self.head(name).loss(hidden[source], self.truth(stream, number, target[places]))
             weight = stream.weight[source]
             denominator = counts[name] if counts is not None else len(places)
             raw[name] = losses.detach().sum() / denominator

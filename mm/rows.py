@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -128,7 +129,8 @@ class Row:
         self.model, self.number, self.request = model, number, request
         self.vocabulary, self.grammar = model.vocabulary, model.grammar
         self.generator = torch.Generator().manual_seed(request.seed)
-        self.main, self.twin = Track(number, False), None
+        self.main = Track(number, False)
+        self.twin: Track | None = None
         self.segments: list[Segment] = []
         self.text: list[int] = []
         self.forced = list(request.items)
@@ -136,7 +138,7 @@ class Row:
         self.session: Session | None = None
         self.proposal: Proposal | None = None
         self.state = "text"
-        self.news: tuple[str, Tensor, float] | None = None
+        self.news: tuple[str, Callable[[], Tensor], float] | None = None
         self.head, self.item = 0, 0
         self.grid: tuple[int, ...] = ()
         self._prompt()
@@ -214,7 +216,7 @@ class Row:
             self.state = "done"
         else:
             self.state, self.head = "text", 0
-            if self.limit - self.main.length < 1:
+            if self.limit - self.main.length < 2:  # what is left is `eos`, which needs no asking
                 self._finish()
 
     def _open(self, name: str) -> None:
@@ -345,15 +347,15 @@ class Row:
                 self._feed_element(int(tokens[0]))
             self._advance()
             done = self.proposal.done if self.session is session and self.proposal is not None else 1.0
-            self.news = (name, session.content(), done)
+            self.news = (name, session.content, done)
 
     def _accept_text(self, token: int) -> None:
         if token < self.vocabulary.host.size:
             self.text.append(token)
             self.main.controls([token])
             done = len(self.text) / max(1, self.request.max_tokens)
-            self.news = (self.vocabulary.host.name, torch.tensor(self.text), done)
-            if self.limit - self.main.length < 1:
+            self.news = (self.vocabulary.host.name, partial(torch.tensor, self.text), done)
+            if self.limit - self.main.length < 2:  # what is left is `eos`, which needs no asking
                 self._finish()
         elif token == self.vocabulary.control("eos"):
             self._finish()
@@ -364,8 +366,10 @@ class Row:
 
     def event(self) -> tuple[str, Tensor, float] | None:
         """(modality, content so far, fraction done) of what the last pass drew, once, for a progress callback."""
-        news, self.news = self.news, None
-        return news
+        if self.news is None:
+            return None
+        (name, content, done), self.news = self.news, None
+        return name, content(), done
 
     @staticmethod
     def gather_inject(feeds: Sequence[Feed], lengths: Sequence[int]) -> dict[str, Placed]:

@@ -182,9 +182,10 @@ def pack(streams: Sequence[TokenStream], capacity: int | None = None) -> TokenSt
                 records[kind].setdefault(name, []).append((record.values, record.index + offset))
         offset += len(stream)
         documents += stream.num_documents
+    merged: dict[str, Any] = {name: torch.cat(values) for name, values in parts.items()}
     packed = TokenStream(
-        **{name: torch.cat(values) for name, values in parts.items()},
-        **{
+        **merged
+        | {
             kind: {
                 name: Placed(values=torch.cat([v for v, _ in rows]), index=torch.cat([i for _, i in rows]))
                 for name, rows in named.items()

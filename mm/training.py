@@ -89,7 +89,7 @@ class ModelTraining(pl.LightningModule):
 
             load_weights(self.model, initial)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         return optimizer_and_schedule(
             list(self.model.parameters()),
             lr=self.lr,
@@ -160,7 +160,7 @@ class ModelTraining(pl.LightningModule):
             path.parent.mkdir(parents=True, exist_ok=True)
             sheet.save(path)
         for logger in self.loggers:
-            experiment = getattr(logger, "experiment", None)
+            experiment: Any = getattr(logger, "experiment", None)
             if hasattr(experiment, "add_image"):
                 import numpy as np
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -146,7 +146,7 @@ def load_language_model(model: MultimodalModel, source: Any) -> None:
     if host.size > rows:
         raise ValueError(f"the host tokenizer has {host.size} ids, the checkpoint's embedding only {rows}")
     model.backbone.load_state_dict(renamed)
-    head = model.heads[host.name]
+    head = cast(Any, model.heads[host.name])
     with torch.no_grad():
         for table, old in ((model.embedding.weight, "embed_tokens.weight"), (head.weight, "lm_head.weight")):
             kept = state[old][: host.size].to(table)
