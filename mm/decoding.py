@@ -59,7 +59,7 @@ class SingleStep:
             for block in blocks
         ]
         self.norm = _twice(backbone.norm)
-        # cos is even and sin is odd, so one table of angles with the first half negated gives both factors of `apply_rotary`
+        # cos is even and sin is odd: one table of angles, its first half negated, gives both factors of `apply_rotary`
         self.axis = backbone.rotary.axis.repeat(2)
         self.frequency = torch.cat((-backbone.rotary.frequency, backbone.rotary.frequency))
         self.slots = [(k.flatten(0, 1), v.flatten(0, 1)) for k, v in zip(cache.keys, cache.values, strict=True)]
@@ -87,10 +87,10 @@ class SingleStep:
         self.qkv = torch.empty(rows, (c.heads + 2 * c.kv_heads) * c.head_dim)
         heads = self.qkv.view(rows, -1, c.head_dim)
         self.qk, self.v = heads.split((c.heads + c.kv_heads, c.kv_heads), dim=1)
-        self.k = self.qk[:, c.heads :]
+        self.rotated = torch.empty(rows, c.heads + c.kv_heads, c.head_dim)
+        self.k = self.rotated[:, c.heads :]
         # query heads that share a key head stand as several queries, which spares the grouped-query path of SDPA
-        self.q = self.qk[:, : c.heads].unflatten(1, (c.kv_heads, -1))
-        self.halves = self.qk.unflatten(2, (2, -1))
+        self.q = self.rotated[:, : c.heads].unflatten(1, (c.kv_heads, -1))
         self.gate_up = torch.empty(rows, 2 * c.hidden)
         self.gate, self.up = self.gate_up.chunk(2, dim=-1)
 
@@ -105,8 +105,9 @@ class SingleStep:
         mask = None
         if min(lengths) + 1 != count:
             mask = (torch.arange(count) <= torch.tensor(lengths)[:, None])[:, None, None]
-        angle = (position[:, self.axis] * self.frequency)[:, None]
-        cos, sin = angle.cos(), angle.sin()
+        angle = position[:, self.axis] * self.frequency
+        # `apply_rotary` as a matrix a row, for one operation a layer: cos on the diagonal, sin half a head away from it
+        rotation = torch.diag_embed(angle.cos()) + torch.diag_embed(angle.sin()).roll(self.config.head_dim // 2, 1)
         keys, values = (
             past[:, first : first + rows, :count].transpose(2, 3).unbind(0) for past in (cache.keys, cache.values)
         )
@@ -121,8 +122,7 @@ class SingleStep:
                 self.qk.copy_(F.rms_norm(self.qk, (self.config.head_dim,), None, self.config.norm_eps)).mul_(
                     layer.qk_norm
                 )
-            swapped = self.halves.flip(2).flatten(2)
-            self.qk.mul_(cos).addcmul_(swapped, sin)
+            torch.bmm(self.qk, rotation, out=self.rotated)
             all_keys.index_copy_(0, slots, self.k)
             all_values.index_copy_(0, slots, self.v)
             seen = F.scaled_dot_product_attention(self.q, key, value, attn_mask=mask)
