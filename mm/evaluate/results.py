@@ -47,7 +47,8 @@ def wilson(hits: int, n: int, z: float = Z) -> tuple[float, float]:
         raise ValueError(f"a share needs 0 <= hits <= n and n >= 1, got {hits} of {n}")
     p, square = hits / n, z * z / n
     centre, half = p + square / 2, z * math.sqrt(p * (1 - p) / n + square / (4 * n))
-    return max(0.0, (centre - half) / (1 + square)), min(1.0, (centre + half) / (1 + square))
+    low, high = (centre - half) / (1 + square), (centre + half) / (1 + square)
+    return (low if hits else 0.0), (high if hits < n else 1.0)  # exact where rounding would miss the end
 
 
 def share(family: str, name: str, hits: Sequence[bool], **more: Any) -> Figure:
