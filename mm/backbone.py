@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mm.attention import AttentionPlan
+from mm.fused import rms_norm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,7 +201,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Float32Buffers(nn.Module):

@@ -67,7 +67,8 @@ class SingleStep:
 
     @staticmethod
     def fits(backbone: Backbone) -> bool:
-        """Whether this class computes what the backbone would: a plain float32 decoder on the CPU, nothing hooked or wrapped."""
+        """Whether this class computes what the backbone would: a plain float32 decoder on the CPU, nothing hooked, wrapped or
+        compiled (`backbone.compile()`: then the general path is the faster one)."""
         linear = (
             part
             for b in cast(list[Block], list(backbone.blocks))
@@ -75,6 +76,7 @@ class SingleStep:
         )
         return (
             backbone.norm.weight.device.type == "cpu"
+            and backbone._compiled_call_impl is None
             and not backbone.config.adaln
             and all(type(part) is nn.Linear and part.weight.dtype == torch.float32 for part in linear)
             and not any(part._forward_hooks or part._forward_pre_hooks for part in backbone.modules())

@@ -11,38 +11,18 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
-MAX_PIXELS = 64_000_000
-"""Pictures with more pixels are refused by their header, before anything is decoded."""
+from mm.media import load_image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The first frame as RGB; transparency over white, 16-bit grey scaled to 8.
+    """The first frame as upright 8-bit RGB, transparency over white (`mm.media.load_image`).
 
     Raises:
-        ValueError: not a picture, more than `MAX_PIXELS` pixels, or a file that ends early.
+        ValueError: not a picture, more than `mm.media.MAX_PIXELS` pixels, or a file that ends early.
     """
     if not isinstance(image, Image.Image):
-        raise ValueError(f"expected a PIL image, got {type(image).__name__}: open the file with PIL.Image.open")
-    if image.width * image.height > MAX_PIXELS:
-        raise ValueError(
-            f"a picture of {image.width}×{image.height} is too large, at most {MAX_PIXELS} pixels: make it smaller"
-        )
-    if image.width < 1 or image.height < 1:
-        raise ValueError(f"a picture of {image.width}×{image.height} has no pixels")
-    try:
-        if image.mode.startswith("I") or image.mode == "F":
-            # PIL would clip these to 255; 16-bit files use the whole range.
-            grey = np.asarray(image, dtype=np.float32)
-            top = 65535.0 if image.mode.startswith("I") else max(float(np.nanmax(grey)), 1e-12)
-            grey = np.nan_to_num(grey / top).clip(0, 1)
-            return Image.fromarray((grey * 255 + 0.5).astype(np.uint8)).convert("RGB")
-        if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
-            layer = image.convert("RGBA")
-            white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
-            return Image.alpha_composite(white, layer).convert("RGB")
-        return image.convert("RGB")
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"the picture can't be decoded ({error}): the file is damaged or ends early") from error
+        raise ValueError(f"expected a PIL picture, got {type(image).__name__}: open the file with mm.media.load_image")
+    return load_image(image)
 
 
 def fit_square(image: Image.Image, size: int) -> Image.Image:

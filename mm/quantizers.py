@@ -168,9 +168,13 @@ class Quantizer(nn.Module):
         with torch.autocast(latents.device.type, enabled=False):
             flat = latents.float().permute(0, 2, 3, 1).reshape(batch, rows * columns, self.dim)
             out = self.layer(flat)
+        quantized = out[0]
+        if self.name == "residual":
+            # Each stage passes the gradient on by itself, and together they would multiply it by their number.
+            quantized = flat + (quantized - flat).detach() if self.training else quantized
         loss = out[2].sum() if len(out) > 2 else flat.new_zeros(())
         ids = out[1].long().reshape(batch, rows, columns, *out[1].shape[2:])
-        return Quantized(self._as_map(out[0], rows, columns), ids, loss)
+        return Quantized(self._as_map(quantized, rows, columns), ids, loss)
 
     def lookup(self, ids: Int[Tensor, "B H W"] | Int[Tensor, "B H W K"]) -> Float[Tensor, "B D H W"]:
         """The latents that ids stand for: exactly what `forward` returned with them in evaluation."""

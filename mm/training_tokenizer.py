@@ -10,7 +10,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
 from typing import Any, Literal, cast
 
 import lightning as L
@@ -49,6 +51,8 @@ class TokenizerModule(L.LightningModule):
         gradient_clip: largest norm of the gradient; 0 = no clipping.
         warm_start: how many training pictures the tokenizer's closed-form start is computed from; 0 = none.
         channels_last: keep pictures and kernels in the channels-last memory format.
+        frozen: parts of the tokenizer (`encoder`, `quantizer`) that stay as they are. With both frozen only the decoder
+            learns: pictures get better while every id keeps its meaning for models already trained on them.
         save_to: directory that receives the tokenizer (averaged weights, where EMA is on) after every validation.
         pictures: how many pairs the logged picture grid shows.
     """
@@ -72,6 +76,7 @@ class TokenizerModule(L.LightningModule):
         gradient_clip: float = 1.0,
         warm_start: int = 4096,
         channels_last: bool = True,
+        frozen: Sequence[str] = (),
         save_to: str | None = None,
         pictures: int = 16,
     ) -> None:
@@ -82,6 +87,10 @@ class TokenizerModule(L.LightningModule):
         if perceptual and not perceptual_weights:
             raise ValueError("a perceptual loss needs perceptual_weights, a safetensors file of a VGG-16")
         self.tokenizer = tokenizer
+        parts = dict(cast(torch.nn.Module, tokenizer).named_children())
+        if unknown := [name for name in frozen if name not in parts]:
+            raise ValueError(f"frozen names {unknown}, the tokenizer has the parts {sorted(parts)}")
+        self.frozen = [parts[name].requires_grad_(False) for name in frozen]
         self.weights = weights
         self.structure = structure
         self.adversarial_start = adversarial_start
@@ -98,6 +107,7 @@ class TokenizerModule(L.LightningModule):
         # Two optimisers take turns only where there is an adversary.
         self.automatic_optimization = self.discriminator is None
         self.batches_done = 0
+        self._rng: Tensor | None = None
         self._train_counts: Tensor | None = None
         self._val_counts: Tensor | None = None
         self._val: dict[int, list[Tensor]] = {}
@@ -106,6 +116,8 @@ class TokenizerModule(L.LightningModule):
     # ---- set-up ------------------------------------------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
+        # A loaded tokenizer comes in evaluation mode, in which its codebook would never move.
+        cast(torch.nn.Module, self.tokenizer).train()
         self.tokenizer.synchronise(self.trainer.world_size > 1)
         self._warm_start()
         if self.channels_last:
@@ -143,16 +155,24 @@ class TokenizerModule(L.LightningModule):
         done = min(1.0, (step - self.warmup) / max(1, total - self.warmup))
         return self.final_rate + (1 - self.final_rate) * 0.5 * (1 + math.cos(math.pi * done))
 
-    def configure_optimizers(self) -> Any:
+    def _steps(self) -> list[int]:
+        """How many steps the tokenizer's optimiser will make, and the discriminator's."""
         total = int(self.trainer.estimated_stepping_batches)
-        modules: list[torch.nn.Module] = [self.tokenizer]
-        if self.discriminator is not None:
-            modules.append(self.discriminator)
-            total //= 2 if self.trainer.max_steps > 0 else 1  # Lightning counts both optimisers' steps
+        if self.discriminator is None:
+            return [total]
+        start = min(self.adversarial_start, total)
+        # `max_steps` counts the steps of both optimisers; epochs count batches.
+        both = total == self.trainer.max_steps
+        first = start + (total - start) // 2 if both else total
+        return [first, max(1, first - start)]
+
+    def configure_optimizers(self) -> Any:
+        modules = [self.tokenizer, *([self.discriminator] if self.discriminator is not None else [])]
         result = []
-        for module in modules:
+        for module, total in zip(modules, self._steps(), strict=True):
             optimizer = self._optimizer(module)
-            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self._rate(step, total))
+            rate = functools.partial(self._rate, total=total)
+            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
             result.append({"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}})
         return result[0] if len(result) == 1 else result
 
@@ -189,6 +209,11 @@ class TokenizerModule(L.LightningModule):
             spec = self.tokenizer.spec
             self._sizes = (spec.vocab_size, spec.num_codes)
         return self._sizes
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        # Evaluation mode also stops the codebook's moving averages and the replacement of dead codes.
+        for part in self.frozen:
+            part.eval()
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         x, _ = self._prepare(batch)
@@ -309,8 +334,18 @@ class TokenizerModule(L.LightningModule):
                 grid = torch.cat([torch.cat(row, dim=2) for row in rows], dim=1)
                 logger.experiment.add_image("pictures", grid, self.global_step)
 
+    # ---- exact resumption --------------------------------------------------------------------------------------------
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["tokenizer_module"] = {"batches_done": self.batches_done}
+        # Replaced dead codes are drawn from the global generator, which Lightning does not keep.
+        checkpoint["tokenizer_module"] = {"batches_done": self.batches_done, "rng": torch.get_rng_state()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.batches_done = int(checkpoint.get("tokenizer_module", {}).get("batches_done", 0))
+        state = checkpoint.get("tokenizer_module", {})
+        self.batches_done = int(state.get("batches_done", 0))
+        self._rng = state.get("rng")
+
+    def on_train_start(self) -> None:
+        if self._rng is not None:
+            torch.set_rng_state(self._rng.cpu())
+            self._rng = None

@@ -12,8 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,16 +22,12 @@ from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor, nn
 
-from mm import pictures
-from mm.autoencoder import BLOCKS, BlockName, Decoder, Encoder
+from mm import pictures, safe_io
+from mm.autoencoder import BlockName, Decoder, Encoder
 from mm.interfaces import Decoded, Encoded, Spec
 from mm.quantizers import Quantizer, QuantizerName
+from mm.tokenizers import _image_vq_settings as settings
 from mm.trainable import Reconstruction, TrainableTokenizer
-
-FORMAT = "mm.tokenizers.image_vq"
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
-MAX_CONFIG_BYTES, MAX_WEIGHT_BYTES = 1 << 16, 1 << 31
-SHIPPED = Path(__file__).resolve().parent.parent / "mm" / "checkpoints"
 
 
 class ImageVQ(TrainableTokenizer):
@@ -104,9 +98,9 @@ class ImageVQ(TrainableTokenizer):
             commitment=commitment,
             entropy=entropy,
         )
-        directory = None if pretrained is None else _find(pretrained)
+        directory = None if pretrained is None else settings.find(pretrained)
         if directory is not None:
-            config = _read_config(directory, set(config))
+            config = settings.read(directory, set(config))
         self.config = config
         self._build(config)
         self._fingerprint: str | None = None
@@ -114,7 +108,7 @@ class ImageVQ(TrainableTokenizer):
             self._load(directory)
 
     def _build(self, c: dict[str, Any]) -> None:
-        _check(c)
+        settings.check(c)
         self.size, self.downsample = c["size"], c["downsample"]
         self.quantizer = Quantizer(
             c["quantizer"],
@@ -262,17 +256,11 @@ class ImageVQ(TrainableTokenizer):
         return super().load_state_dict(*args, **kwargs)
 
     def save(self, path: str | Path) -> None:
-        """Write `config.json` and `model.safetensors` into the directory `path`, each whole or not at all."""
-        from safetensors.torch import save
-
-        path = Path(path)
-        path.mkdir(parents=True, exist_ok=True)
+        """Write `config.json` and `model.safetensors` into the folder `path`, both or neither."""
         self.weights_changed()
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        config = {"format": FORMAT, "fingerprint": self.fingerprint, "config": self.config}
-        # The configuration comes last: a directory without one is not a tokenizer.
-        _write(path / WEIGHTS, save(state))
-        _write(path / CONFIG, json.dumps(config, indent=2).encode())
+        with safe_io.atomic_folder(path, last=settings.CONFIG) as folder:
+            safe_io.write_tensors(folder / settings.WEIGHTS, self.state_dict())
+            settings.write(folder, self.config, self.fingerprint)
 
     @classmethod
     def tiny(cls) -> ImageVQ:
@@ -291,31 +279,11 @@ class ImageVQ(TrainableTokenizer):
         """
         return cls(pretrained=str(path))
 
-    def _load(self, path: Path) -> None:
-        from safetensors import SafetensorError
-        from safetensors.torch import load
-
-        file = path / WEIGHTS
-        try:
-            state = load(_read(file, MAX_WEIGHT_BYTES))
-        except SafetensorError as error:
-            raise ValueError(f"{file} is not a safetensors file ({error}): save the tokenizer again") from error
-        expected = {name: tuple(t.shape) for name, t in self.state_dict().items()}
-        found = {name: tuple(t.shape) for name, t in state.items()}
-        if expected != found:
-            name = min(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
-            raise ValueError(
-                f"{file} does not fit its configuration: {name} has shape {found.get(name, 'missing')}, "
-                f"expected {expected.get(name, 'none')}; restore the pair of files that was saved together"
-            )
-        self.load_state_dict(state)
+    def _load(self, folder: Path) -> None:
+        file = folder / settings.WEIGHTS
+        self.load_state_dict(safe_io.read_tensors(file, self.state_dict(), max_bytes=settings.MAX_WEIGHT_BYTES))
         self.eval()
-        saved = json.loads(_read(path / CONFIG, MAX_CONFIG_BYTES)).get("fingerprint")
-        if saved != self.fingerprint:
-            raise ValueError(
-                f"{path} has fingerprint {self.fingerprint}, its configuration says {saved}: "
-                "restore the pair of files that was saved together"
-            )
+        settings.check_fingerprint(folder, self.fingerprint)
 
     # ---- helpers -----------------------------------------------------------------------------------------------------
 
@@ -365,85 +333,3 @@ class ImageVQ(TrainableTokenizer):
 def _squarish(count: int) -> tuple[int, int]:
     side = math.isqrt(count)
     return (side, side)
-
-
-def _check(c: dict[str, Any]) -> None:
-    if c["downsample"] not in (4, 8, 16):
-        raise ValueError(f"downsample must be 4, 8 or 16, got {c['downsample']}")
-    if c["patch"] not in (1, 2, 4):
-        raise ValueError(f"patch must be 1, 2 or 4, got {c['patch']}")
-    if c["size"] < c["downsample"] or c["size"] % c["downsample"] or c["size"] > 1024:
-        raise ValueError(f"size must be a multiple of {c['downsample']} up to 1024, got {c['size']}")
-    levels = (c["downsample"] // c["patch"]).bit_length()
-    if len(c["multipliers"]) != levels:
-        raise ValueError(
-            f"downsample {c['downsample']} after patches of {c['patch']} has {levels} levels, "
-            f"got {len(c['multipliers'])} multipliers: give one a level, finest first"
-        )
-    widths = [w * m for w in (c["channels"], c["decoder_channels"]) for m in c["multipliers"]]
-    if min(widths) < 1 or max(widths) > 4096 or not 1 <= c["blocks"] <= 64 or not 1 <= c["decoder_blocks"] <= 64:
-        raise ValueError(
-            f"widths must be in 1..4096 and blocks in 1..64, got {widths}, {c['blocks']} and {c['decoder_blocks']}"
-        )
-    if c["block"] not in BLOCKS:
-        raise ValueError(f"block must be one of {', '.join(BLOCKS)}, got '{c['block']}'")
-    heads = c["attention_heads"]
-    if heads < 0 or (heads and any(w * c["multipliers"][-1] % heads for w in (c["channels"], c["decoder_channels"]))):
-        raise ValueError(f"attention_heads must divide the coarsest width, got {heads}")
-
-
-def _find(pretrained: str) -> Path:
-    """The directory of a saved tokenizer: a path, or the name of one that ships with the package."""
-    shipped = SHIPPED / pretrained
-    named = bool(pretrained) and not Path(pretrained).is_absolute() and ".." not in Path(pretrained).parts
-    for path in (Path(pretrained), *([shipped] if named else [])):
-        if (path / CONFIG).is_file():
-            return path
-    raise ValueError(
-        f"no saved image tokenizer in '{pretrained}' ({CONFIG} is missing): give a directory that ImageVQ.save wrote"
-    )
-
-
-def _read_config(path: Path, names: set[str]) -> dict[str, Any]:
-    file = path / CONFIG
-    try:
-        saved = json.loads(_read(file, MAX_CONFIG_BYTES))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{file} is not JSON ({error}): save the tokenizer again") from error
-    if not isinstance(saved, dict) or saved.get("format") != FORMAT:
-        raise ValueError(f"{file} does not describe an image tokenizer: expected format '{FORMAT}'")
-    config = saved.get("config")
-    if not isinstance(config, dict) or set(config) != names:
-        odd = sorted(names ^ set(config)) if isinstance(config, dict) else "config"
-        raise ValueError(f"{file} has missing or unknown settings ({odd}): it was saved by another version")
-    for name, value in config.items():
-        many = name in ("multipliers", "levels")
-        values = value if many and isinstance(value, list) and 0 < len(value) <= 32 else [value]
-        kind = str if name in ("quantizer", "block") else (int, float) if name in FLOATS else int
-        if (many and values is not value) or any(isinstance(v, bool) or not isinstance(v, kind) for v in values):
-            raise ValueError(f"{file} has a wrong value for {name}: {str(value)[:60]!r}")
-    return config
-
-
-FLOATS = ("decay", "dead_below", "commitment", "entropy")
-
-
-def _read(file: Path, limit: int) -> bytes:
-    if not file.is_file():
-        raise ValueError(f"{file} is missing: copy the whole directory of the tokenizer")
-    if file.stat().st_size > limit:
-        raise ValueError(f"{file} has {file.stat().st_size} bytes, at most {limit} are read")
-    return file.read_bytes()
-
-
-def _write(file: Path, data: bytes) -> None:
-    """Whole or not at all: a temporary file beside it, then a rename."""
-    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}-")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, file)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

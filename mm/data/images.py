@@ -89,10 +89,17 @@ def _budget(count: int, size: int, path: Path) -> None:
         raise ValueError(f"'{path}' holds more than {MAX_BYTES_IN_MEMORY >> 30} GiB of pictures of {size}×{size}")
 
 
+def _open_tar(path: Path) -> tarfile.TarFile:
+    try:
+        return tarfile.open(path)
+    except tarfile.TarError as error:
+        raise ValueError(f"'{path}' is not a tar file: {error}".splitlines()[0]) from error
+
+
 def _read_tar(path: Path, size: int, strict: bool) -> tuple[list[str], list[Tensor]]:
     found: dict[str, Tensor] = {}
     broken: list[str] = []
-    with tarfile.open(path) as tar:
+    with _open_tar(path) as tar:
         for member in tar:
             name = PurePosixPath(member.name).name
             stem, dot, suffix = name.partition(".")

@@ -1,0 +1,99 @@
+"""The saved settings of `mm.tokenizers.image_vq`: checked before anything is built from them, whoever wrote them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mm
+from mm import safe_io
+from mm.autoencoder import BLOCKS
+
+FORMAT = "mm.tokenizers.image_vq"
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+MAX_CONFIG_BYTES, MAX_WEIGHT_BYTES = 1 << 16, 1 << 31
+MAX_SIDE_TOKENS = 256
+SHIPPED = Path(mm.__file__).resolve().parent / "checkpoints"
+
+FLOATS = ("decay", "dead_below", "commitment", "entropy")
+TEXTS = ("quantizer", "block")
+LISTS = ("multipliers", "levels")
+
+
+def check(c: dict[str, Any]) -> None:
+    """Raises `ValueError` for sizes that do not fit each other; the quantiser checks its own."""
+    if c["downsample"] not in (4, 8, 16):
+        raise ValueError(f"downsample must be 4, 8 or 16, got {c['downsample']}")
+    if c["patch"] not in (1, 2, 4):
+        raise ValueError(f"patch must be 1, 2 or 4, got {c['patch']}")
+    largest = MAX_SIDE_TOKENS * c["downsample"]
+    if c["size"] < c["downsample"] or c["size"] % c["downsample"] or c["size"] > largest:
+        raise ValueError(f"size must be a multiple of {c['downsample']} up to {largest}, got {c['size']}")
+    levels = (c["downsample"] // c["patch"]).bit_length()
+    if len(c["multipliers"]) != levels:
+        raise ValueError(
+            f"downsample {c['downsample']} after patches of {c['patch']} has {levels} levels, "
+            f"got {len(c['multipliers'])} multipliers: give one a level, finest first"
+        )
+    widths = [w * m for w in (c["channels"], c["decoder_channels"]) for m in c["multipliers"]]
+    if min(widths) < 1 or max(widths) > 4096 or not 1 <= c["blocks"] <= 64 or not 1 <= c["decoder_blocks"] <= 64:
+        raise ValueError(
+            f"widths must be in 1..4096 and blocks in 1..64, got {widths}, {c['blocks']} and {c['decoder_blocks']}"
+        )
+    if c["block"] not in BLOCKS:
+        raise ValueError(f"block must be one of {', '.join(BLOCKS)}, got '{c['block']}'")
+    heads = c["attention_heads"]
+    if heads < 0 or (heads and any(w * c["multipliers"][-1] % heads for w in (c["channels"], c["decoder_channels"]))):
+        raise ValueError(f"attention_heads must divide the coarsest width, got {heads}")
+
+
+def find(pretrained: str) -> Path:
+    """The folder of a saved tokenizer: a path, or the name of one that ships with the package."""
+    folders = [Path(pretrained)]
+    if pretrained and len(Path(pretrained).parts) == 1 and pretrained != "..":
+        folders.append(SHIPPED / pretrained)
+    for folder in folders:
+        if (folder / CONFIG).is_file():
+            return folder
+    shipped = sorted(p.parent.name for p in SHIPPED.glob(f"*/{WEIGHTS}")) if SHIPPED.is_dir() else []
+    raise ValueError(
+        f"no saved image tokenizer in '{pretrained}' ({CONFIG} is missing): give a folder that ImageVQ.save wrote, "
+        f"or one of the shipped names {shipped}"
+    )
+
+
+def read(folder: Path, names: set[str]) -> dict[str, Any]:
+    """The settings in a folder, exactly these names, each of its type.
+
+    Raises:
+        ValueError: missing, damaged, or not an image tokenizer's.
+    """
+    file = folder / CONFIG
+    saved = safe_io.read_json(file, max_bytes=MAX_CONFIG_BYTES)
+    if saved.get("format") != FORMAT:
+        raise ValueError(f"{file} does not describe an image tokenizer: expected format '{FORMAT}'")
+    config = saved.get("config")
+    if not isinstance(config, dict) or set(config) != names:
+        odd = sorted(names ^ set(config)) if isinstance(config, dict) else "config"
+        raise ValueError(f"{file} has missing or unknown settings ({odd}): it was saved by another version")
+    for name, value in config.items():
+        many = name in LISTS
+        values = value if many and isinstance(value, list) and 0 < len(value) <= 32 else [value]
+        kind = str if name in TEXTS else (int, float) if name in FLOATS else int
+        if (many and values is not value) or any(isinstance(v, bool) or not isinstance(v, kind) for v in values):
+            raise ValueError(f"{file} has a wrong value for {name}: {str(value)[:60]!r}")
+    return config
+
+
+def write(folder: Path, config: dict[str, Any], fingerprint: str) -> None:
+    safe_io.write_json(folder / CONFIG, {"format": FORMAT, "fingerprint": fingerprint, "config": config})
+
+
+def check_fingerprint(folder: Path, fingerprint: str) -> None:
+    """Raises `ValueError` where the weights are not those that the settings were saved with."""
+    saved = safe_io.read_json(folder / CONFIG, max_bytes=MAX_CONFIG_BYTES).get("fingerprint")
+    if saved != fingerprint:
+        raise ValueError(
+            f"{folder} has fingerprint {fingerprint}, its {CONFIG} says {str(saved)[:60]!r}: "
+            "restore the pair of files that was saved together"
+        )
