@@ -17,7 +17,7 @@ export OMP_NUM_THREADS ?= 1
 OUT ?= demo
 ARGS ?=
 
-.PHONY: help setup setup-dev setup-bench demo app test lint format bench clean
+.PHONY: help setup setup-dev setup-bench demo app test lint format clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do \
@@ -46,9 +46,6 @@ lint: $(STAMPS)/dev ## ruff and mypy
 format: $(STAMPS)/dev ## rewrite the files the way `make lint` wants them
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-
-bench: $(STAMPS)/bench ## speed beside what users would pick instead
-	@for name in decode train tokenize; do echo "mm bench $$name"; $(BIN)/mm bench $$name $(ARGS) || exit 1; done
 
 clean: ## remove caches and what `make demo` wrote; .venv stays
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage $(OUT)

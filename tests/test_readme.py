@@ -51,7 +51,7 @@ def test_its_make_targets_exist() -> None:
     # Only in code, so that prose such as "make them" is not taken for a target.
     code = re.findall(r"`([^`\n]+)`", TEXT) + [m["code"] for m in BLOCK.finditer(TEXT)]
     named = {name for part in code for name in re.findall(r"^make ([a-z-]+)", part, re.M)}
-    assert {"demo", "test", "lint", "app", "bench"} <= named
+    assert {"demo", "test", "lint"} <= named
     assert named <= targets
 
 
