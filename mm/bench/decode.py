@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 
 from mm.bench import Row, alternate
@@ -47,13 +49,14 @@ def decode(width: int, layers: int, tokens: int, rounds: int) -> Row:
     model = MultimodalModel(backbone_config(config), [text], context=1024).eval()
     load_language_model(model, peer)
     with torch.no_grad():  # controls are mean rows, which a random model may like best; ours must not stop early
-        model.heads["text"].weight[VOCAB:] = 0.0
+        cast(Any, model.head("text")).weight[VOCAB:] = 0.0
     prompt = torch.randint(VOCAB, (PROMPT,))
     # one position of the budget is kept for `eos`
     request = Request(
         prompt=[Segment("text", prompt.tolist())], max_tokens=tokens + 1, sampling=Sampling(temperature=0.0)
     )
-    engine, written = Engine(model), []
+    engine = Engine(model)
+    written: list[Segment] = []
 
     def ours() -> None:
         written[:] = engine.generate([request])[0]
