@@ -2,7 +2,7 @@
 
 At batch 1 a product of a vector and a matrix takes as long as reading the matrix, and everything else a step does (module
 calls, views, fresh tensors) costs as much again in a small model. `SingleStep` is the arithmetic of `Backbone.forward` for
-that one case, bound to the weights and the cache once, written into buffers that stay. `tests/test_bench.py` holds it to
+that one case, bound to the weights and the cache once, written into buffers that stay. `tests/test_decoding.py` holds it to
 the backbone; whatever it does not cover (`fits`) takes the general path.
 
 Letters in shapes: R rows, W width, H query heads, G key/value heads, E head width, S slots of a row.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,38 +13,8 @@ from mm.backbone import BackboneConfig
 from mm.interfaces import Modality, Sampling
 from mm.layout import Segment
 from mm.model import MultimodalModel
+from mm.optimization import optimizer_and_schedule
 from mm.stream import TokenStream
-
-
-def warmup_cosine(step: int, *, warmup: int, total: int, floor: float) -> float:
-    """Factor of the learning rate: linear from 0 over `warmup` steps, then a cosine from 1 to `floor` at `total`."""
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = min(1.0, (step - warmup) / max(1, total - warmup))
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def optimizer_and_schedule(
-    parameters: list[torch.nn.Parameter],
-    *,
-    lr: float,
-    betas: tuple[float, float],
-    weight_decay: float,
-    warmup: int,
-    total: int,
-    floor: float,
-) -> dict[str, Any]:
-    """AdamW (decay on matrices only) with warm-up and cosine, as Lightning's `configure_optimizers` returns it."""
-    trained = [p for p in parameters if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, fused=True)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: warmup_cosine(step, warmup=warmup, total=total, floor=floor)
-    )
-    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
 class ModelTraining(pl.LightningModule):
@@ -91,7 +60,7 @@ class ModelTraining(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         return optimizer_and_schedule(
-            list(self.model.parameters()),
+            self.model.parameters(),
             lr=self.lr,
             betas=self.betas,
             weight_decay=self.weight_decay,

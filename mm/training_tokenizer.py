@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any, Literal, cast
@@ -20,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mm.optimization import optimizer_and_schedule
 from mm.reconstruction import (
     PatchDiscriminator,
     adaptive_weight,
@@ -140,21 +140,6 @@ class TokenizerModule(L.LightningModule):
     def on_fit_end(self) -> None:
         self.tokenizer.synchronise(False)
 
-    def _optimizer(self, module: torch.nn.Module) -> torch.optim.AdamW:
-        parameters = [p for p in module.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": self.weight_decay},
-            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        return torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas, fused=True)
-
-    def _rate(self, step: int, total: int) -> float:
-        """Fraction of the learning rate: linear warm-up, then a cosine (Loshchilov and Hutter 2017)."""
-        if step < self.warmup:
-            return (step + 1) / self.warmup
-        done = min(1.0, (step - self.warmup) / max(1, total - self.warmup))
-        return self.final_rate + (1 - self.final_rate) * 0.5 * (1 + math.cos(math.pi * done))
-
     def _steps(self) -> list[int]:
         """How many steps the tokenizer's optimiser will make, and the discriminator's."""
         total = int(self.trainer.estimated_stepping_batches)
@@ -168,12 +153,18 @@ class TokenizerModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         modules = [self.tokenizer, *([self.discriminator] if self.discriminator is not None else [])]
-        result = []
-        for module, total in zip(modules, self._steps(), strict=True):
-            optimizer = self._optimizer(module)
-            rate = functools.partial(self._rate, total=total)
-            schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-            result.append({"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}})
+        result = [
+            optimizer_and_schedule(
+                module.parameters(),
+                lr=self.learning_rate,
+                betas=self.betas,
+                weight_decay=self.weight_decay,
+                warmup=self.warmup,
+                total=total,
+                floor=self.final_rate,
+            )
+            for module, total in zip(modules, self._steps(), strict=True)
+        ]
         return result[0] if len(result) == 1 else result
 
     # ---- one step ----------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -44,3 +45,20 @@ def _seed(request: pytest.FixtureRequest) -> None:
     torch = sys.modules.get("torch")  # tests that do without torch should not pay for importing it
     if torch is not None:
         torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working folder with the small generated digits that `configs/debug.yaml` names."""
+    from mm.data.convert import make_digits
+
+    folder = tmp_path_factory.mktemp("digits")
+    make_digits(folder / "data" / "debug", count=60, size=8)
+    return folder
+
+
+@pytest.fixture
+def here(digits: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same, as the current folder."""
+    monkeypatch.chdir(digits)
+    return digits

@@ -17,21 +17,6 @@ PALETTE = [
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
 
 
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from mm.data.convert import make_digits
-
-    folder = tmp_path_factory.mktemp("configs")
-    make_digits(folder / "data" / "debug", count=60, size=8)
-    return folder
-
-
-@pytest.fixture
-def here(digits: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(digits)
-    return digits
-
-
 def test_there_are_systems() -> None:
     assert {"liquid", "llamagen", "parti", "maskgit", "meissonic"} <= set(SYSTEMS)
 

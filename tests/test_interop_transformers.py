@@ -147,13 +147,14 @@ def test_gradients_are_those_of_transformers() -> None:
     block, layer = model.backbone.blocks[1], origin.model.layers[1]
     attention = layer.self_attn
     wanted = torch.cat([getattr(attention, f"{x}_proj").weight.grad for x in "qkv"])
-    torch.testing.assert_close(block.attention.qkv.weight.grad, wanted, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(block.mlp.down.weight.grad, layer.mlp.down_proj.weight.grad, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(block.attention.qkv.weight.grad, wanted, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(block.mlp.down.weight.grad, layer.mlp.down_proj.weight.grad, atol=1e-6, rtol=1e-4)
     torch.testing.assert_close(
-        block.mlp_norm.weight.grad, layer.post_attention_layernorm.weight.grad, atol=1e-5, rtol=1e-4
+        block.mlp_norm.weight.grad, layer.post_attention_layernorm.weight.grad, atol=1e-6, rtol=1e-4
     )
     mine = model.embedding.weight.grad[:256]
-    torch.testing.assert_close(mine, origin.model.embed_tokens.weight.grad[:256], atol=1e-5, rtol=1e-4)
+    # gradients near 1: in float32 both sides are about 1.2e-6 away from the same computed in float64
+    torch.testing.assert_close(mine, origin.model.embed_tokens.weight.grad[:256], atol=5e-6, rtol=1e-4)
 
 
 # --- new modalities -------------------------------------------------------------------------------------------------

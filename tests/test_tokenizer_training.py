@@ -429,8 +429,9 @@ def test_the_adversary_begins_when_it_should(files: Path, tmp_path: Path) -> Non
 
 
 def test_the_learning_rate_warms_up_and_falls() -> None:
-    model = module(warmup=10, final_rate=0.1)
-    rates = [model._rate(step, 110) for step in range(111)]
+    from mm.optimization import warmup_cosine
+
+    rates = [warmup_cosine(step, warmup=10, total=110, floor=0.1) for step in range(111)]
     assert rates[:10] == pytest.approx([(n + 1) / 10 for n in range(10)])
     assert rates[10] == 1 and rates[60] == pytest.approx(0.55) and rates[110] == pytest.approx(0.1)
     assert all(a >= b for a, b in zip(rates[10:], rates[11:], strict=False))

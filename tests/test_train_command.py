@@ -19,21 +19,6 @@ PALETTE = [
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
 
 
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from mm.data.convert import make_digits
-
-    folder = tmp_path_factory.mktemp("train")
-    make_digits(folder / "data" / "debug", count=60, size=8)
-    return folder
-
-
-@pytest.fixture
-def here(digits: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(digits)
-    return digits
-
-
 def test_a_run_leaves_logs_checkpoints_and_a_model_and_goes_on(here: Path, tmp_path: Path) -> None:
     """The base configuration's callbacks at work: what lies where, what the exported weights are, and resuming."""
     import mm

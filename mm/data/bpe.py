@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
+
+from mm.safe_io import atomic_file
 
 
 def train_bpe(texts: Iterable[str], folder: str | Path, vocab_size: int = 1024) -> Path:
@@ -26,9 +27,7 @@ def train_bpe(texts: Iterable[str], folder: str | Path, vocab_size: int = 1024) 
         vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     tokenizer.train_from_iterator(lines, trainer)
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
-    temporary = target / f".tokenizer.json.{os.getpid()}"
-    tokenizer.save(str(temporary))
-    os.replace(temporary, target / "tokenizer.json")
-    return target / "tokenizer.json"
+    target = Path(folder) / "tokenizer.json"
+    with atomic_file(target) as temporary:
+        tokenizer.save(str(temporary))
+    return target

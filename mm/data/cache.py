@@ -21,8 +21,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from mm import safe_io
 from mm.data.example import BrokenExample, Example, Lazy, Source, digest, warn_skipped
-from mm.data.files import replacing
 from mm.interfaces import Encoded, ModalityTokenizer, Spec
 
 FORMAT = 1
@@ -204,12 +204,8 @@ def _small(content: Tensor, spec: Spec) -> Tensor:
 
 
 def _save(folder: Path, key: str, header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    from safetensors.torch import save
-
-    with replacing(folder / f"{key}.safetensors") as file:
-        file.write(save(tensors))
-    with replacing(folder / f"{key}.json") as file:
-        file.write(json.dumps(header, indent=1).encode())
+    safe_io.write_tensors(folder / f"{key}.safetensors", tensors)
+    safe_io.write_json(folder / f"{key}.json", header)
 
 
 def load_cache(

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from mm.data.example import BrokenExample, Lazy, Source, warn_skipped
-from mm.data.files import replacing
 from mm.data.shards import decode_picture
 from mm.data.sources import DIGIT_NAMES, DigitsSource
+from mm.safe_io import atomic_file
 
 Progress = Callable[[int, int], None]
 Entry = tuple[str, dict[str, bytes]]
@@ -34,7 +34,7 @@ def write_shards(
     entry = next(entries, None)
     while entry is not None:
         path = Path(out) / f"{prefix}-{len(paths):06d}.tar"
-        with replacing(path) as file, tarfile.open(fileobj=file, mode="w") as tar:
+        with atomic_file(path) as temporary, tarfile.open(temporary, mode="w") as tar:
             previous, count = "", 0
             while entry is not None and count < per_shard:
                 key = clean_key(entry[0])
