@@ -10,8 +10,9 @@ Letters in shapes: T packed positions, W width, H query heads, G key/value heads
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -96,6 +97,15 @@ class Backbone(nn.Module):
             else:
                 residual = name.endswith(("out.weight", "down.weight"))
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * self.config.layers) if residual else 0.02)
+
+    def matrices(self) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
+        """The weight matrices inside the blocks, each with the heights of the maps it is made of (for Muon)."""
+        query, key = self.config.heads * self.config.head_dim, self.config.kv_heads * self.config.head_dim
+        for block in cast("Iterable[Block]", self.blocks):
+            yield block.attention.qkv.weight, (query, key, key)
+            yield block.attention.out.weight, (self.config.width,)
+            yield block.mlp.gate_up.weight, (self.config.hidden, self.config.hidden)
+            yield block.mlp.down.weight, (self.config.width,)
 
     def forward(
         self,

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from mm.muon import Muon
+
 
 def warmup_cosine(step: int, *, warmup: int, total: int, floor: float) -> float:
     """Factor of the learning rate: linear over `warmup` steps, then a cosine from 1 to `floor` at step `total`
@@ -28,15 +30,23 @@ def optimizer_and_schedule(
     warmup: int,
     total: int,
     floor: float,
+    matrices: Iterable[tuple[torch.Tensor, tuple[int, ...]]] = (),
 ) -> dict[str, Any]:
     """AdamW over the trained parameters (matrices and kernels decay, vectors do not) with warm-up and cosine, as
-    Lightning's `configure_optimizers` returns it."""
+    Lightning's `configure_optimizers` returns it. `matrices` names parameters that take Muon's step instead, each with the
+    heights of the blocks it is made of."""
     trained = [p for p in parameters if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    blocks = {p: rows for p, rows in matrices if p.requires_grad}
+    rest: list[torch.Tensor] = [p for p in trained if p not in blocks]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, fused=True)
+    for kind in dict.fromkeys((tuple(p.shape), rows) for p, rows in blocks.items()):
+        same = [p for p, rows in blocks.items() if (tuple(p.shape), rows) == kind]
+        groups.append({"params": same, "weight_decay": weight_decay, "rows": kind[1]})
+    kind_of = Muon if blocks else torch.optim.AdamW
+    optimizer = kind_of([g for g in groups if g["params"]], lr=lr, betas=betas, fused=True)
     rate = functools.partial(warmup_cosine, warmup=warmup, total=total, floor=floor)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

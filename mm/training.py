@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -24,8 +24,9 @@ class ModelTraining(pl.LightningModule):
         backbone: size and shape of the backbone.
         modalities: the modalities, host (text) first; lists of several YAML files append with `modalities+:`.
         context: positions a document may have.
-        lr, betas, weight_decay, warmup_steps, lr_floor: AdamW, linear warm-up, then cosine to lr_floor·lr at the trainer's
-            last step.
+        optimizer: "adamw", or "muon" for the matrices inside the backbone with AdamW for the rest.
+        lr, betas, weight_decay, warmup_steps, lr_floor: of the optimizer; linear warm-up, then cosine to lr_floor·lr at
+            the trainer's last step.
         initial: a checkpoint directory of this project whose weights training starts from.
         sample_prompts: captions whose pictures are generated and logged at every validation.
     """
@@ -35,6 +36,7 @@ class ModelTraining(pl.LightningModule):
         backbone: BackboneConfig,
         modalities: list[Modality],
         context: int = 1024,
+        optimizer: Literal["adamw", "muon"] = "adamw",
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.95),
         weight_decay: float = 0.05,
@@ -46,6 +48,9 @@ class ModelTraining(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.model = MultimodalModel(backbone, modalities, context)
+        if optimizer not in ("adamw", "muon"):
+            raise ValueError(f"optimizer must be 'adamw' or 'muon', got {optimizer!r}")
+        self.optimizer = optimizer
         self.lr, self.betas, self.weight_decay = lr, betas, weight_decay
         self.warmup_steps, self.lr_floor = warmup_steps, lr_floor
         self.sample_prompts = sample_prompts or []
@@ -67,6 +72,7 @@ class ModelTraining(pl.LightningModule):
             warmup=self.warmup_steps,
             total=int(self.trainer.estimated_stepping_batches),
             floor=self.lr_floor,
+            matrices=self.model.backbone.matrices() if self.optimizer == "muon" else (),
         )
 
     def training_step(self, batch: TokenStream, batch_idx: int) -> Tensor:
