@@ -139,6 +139,13 @@ class MultimodalModel(nn.Module):
             total = total + term
         return LossReport(total, raw, weighted, count)
 
+    def untouched(self) -> Float[Tensor, ""]:
+        """0, with a gradient of zeros for every parameter that a batch may have no use for (heads, mask vectors,
+        conditions). Ranks of a data-parallel run add it, for they wait for each other's gradients of all parameters."""
+        parts = (self.embedding, self.mask, self.heads, self.code_embeddings, self.inject)
+        parameters = [p for part in parts for p in part.parameters() if p.requires_grad]
+        return torch.stack([0.0 * p[(0,) * p.ndim] for p in parameters]).sum() if parameters else torch.zeros(())
+
     def truth(self, stream: TokenStream, number: int, places: Int[Tensor, " n"]) -> Tensor:
         """Content at the given positions as the modality's head wants it: local ids, or sub-codes."""
         entry = self.vocabulary.entries[number]

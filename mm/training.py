@@ -85,7 +85,8 @@ class ModelTraining(pl.LightningModule):
         return self._step(batch, "test")
 
     def _step(self, batch: TokenStream, stage: str) -> Tensor:
-        report = self.model.loss(batch, self._global_counts(batch) if self.trainer.world_size > 1 else None)
+        several = self.trainer.world_size > 1
+        report = self.model.loss(batch, self._global_counts(batch) if several else None)
         size = batch.num_documents
         self.log(f"{stage}/loss", report.total, prog_bar=True, batch_size=size, sync_dist=stage != "train")
         for name, value in report.raw.items():
@@ -93,7 +94,7 @@ class ModelTraining(pl.LightningModule):
             self.log(f"{stage}/{name}_weighted", report.weighted[name], batch_size=size, sync_dist=stage != "train")
         if stage == "train":
             self.log("train/positions", float(len(batch)), batch_size=size)
-        return report.total
+        return report.total + self.model.untouched() if several else report.total
 
     def _global_counts(self, batch: TokenStream) -> dict[str, Tensor]:
         """Predicted positions by modality, averaged over ranks: gradients are averaged too, so the mean is global."""
