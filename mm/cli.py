@@ -14,7 +14,7 @@ COMMANDS = {
     "fit": ("mm.commands.train", "train a tokenizer or a model:  mm fit -c configs/systems/liquid.yaml"),
     "validate": ("mm.commands.train", "losses on the validation data of a configuration"),
     "test": ("mm.commands.train", "the same on the test data"),
-    "predict": ("mm.commands.train", "run a configuration's prediction loop"),
+    "predict": ("mm.commands.train", "losses of every validation document, as predictions.jsonl"),
     "tokenize": ("mm.commands.tokenize", "encode and decode a file; report rate and distortion"),
     "list": ("mm.commands.list", "tokenizers, orders, heads, systems, checkpoints"),
     "data": ("mm.commands.data", "make or convert data sets"),

@@ -1,13 +1,14 @@
-"""Writes the model as a checkpoint that pipelines load, while it is trained."""
+"""What a run writes besides logs: the model as a checkpoint that pipelines load; the rows of `mm predict`."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 
-from mm import hub
+from mm import hub, safe_io
 from mm.ema import EMA
 from mm.interfaces import Sampling
 
@@ -49,3 +50,24 @@ class SavePretrained(pl.Callback):
         if trainer.is_global_zero and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             path = self.path or Path(trainer.default_root_dir) / "model"
             hub.save_pretrained(pl_module.model, path, storage=self.storage, sampling=self.sampling)
+
+
+class WriteRows(pl.Callback):
+    """Writes what `predict_step` returns, a list of JSON objects a batch, as lines of `predictions.jsonl` in the trainer's
+    `default_root_dir` (`predictions.RANK.jsonl` where several ranks predict). The file appears when it is complete."""
+
+    def __init__(self) -> None:
+        self.rows: list[str] = []
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.rows = []
+
+    def on_predict_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any) -> None:
+        self.rows += [json.dumps(row) for row in outputs]
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        name = f"predictions.{trainer.global_rank}.jsonl" if trainer.world_size > 1 else "predictions.jsonl"
+        path = Path(trainer.default_root_dir) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        safe_io.write_text(path, "".join(f"{row}\n" for row in self.rows))
+        pl.utilities.rank_zero.rank_zero_info(f"wrote {len(self.rows)} rows to {path}")

@@ -5,7 +5,7 @@ Letters in shapes: T packed positions, W width, n selected positions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -119,25 +119,31 @@ class MultimodalModel(nn.Module):
     def loss(self, stream: TokenStream, counts: Mapping[str, Tensor] | None = None) -> LossReport:
         """Routing: the head of `modality[target[p]]` gets hidden state p. `counts` (predicted positions by modality) replaces
         the batch's own, when the mean is to be taken over several ranks."""
+        raw, weighted, count = {}, {}, {}
         hidden = self(stream)
+        total = hidden.sum() * 0.0
+        for name, source, losses in self.losses(stream, hidden):
+            weight = stream.weight[source]
+            denominator = counts[name] if counts is not None else len(source)
+            raw[name] = losses.detach().sum() / denominator
+            term = (weight * losses).sum() / denominator
+            weighted[name], count[name] = term.detach(), len(source)
+            total = total + term
+        return LossReport(total, raw, weighted, count)
+
+    def losses(
+        self, stream: TokenStream, hidden: Float[Tensor, "T W"]
+    ) -> Iterator[tuple[str, Int[Tensor, " n"], Float[Tensor, " n"]]]:
+        """For each modality that is predicted: its name, the positions that predict it, and the loss of each."""
         predicting = (stream.target >= 0).nonzero()[:, 0]
         target = stream.target[predicting]
         owner = stream.modality[target]
-        total = hidden.sum() * 0.0
-        raw, weighted, count = {}, {}, {}
         for number, modality in enumerate(self.modalities):
             places = (owner == number).nonzero()[:, 0] if len(self.modalities) > 1 else torch.arange(len(owner))
-            if not len(places):
-                continue
-            name, source = modality.name, predicting[places]
-            losses = self.head(name).loss(hidden[source], self.truth(stream, number, target[places]))
-            weight = stream.weight[source]
-            denominator = counts[name] if counts is not None else len(places)
-            raw[name] = losses.detach().sum() / denominator
-            term = (weight * losses).sum() / denominator
-            weighted[name], count[name] = term.detach(), len(places)
-            total = total + term
-        return LossReport(total, raw, weighted, count)
+            if len(places):
+                source = predicting[places]
+                truth = self.truth(stream, number, target[places])
+                yield modality.name, source, self.head(modality.name).loss(hidden[source], truth)
 
     def untouched(self) -> Float[Tensor, ""]:
         """0, with a gradient of zeros for every parameter that a batch may have no use for (heads, mask vectors,

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mm.backbone import BackboneConfig
+from mm.export import WriteRows
 from mm.interfaces import Modality, Sampling
 from mm.layout import Segment
 from mm.model import MultimodalModel
@@ -83,6 +84,22 @@ class ModelTraining(pl.LightningModule):
 
     def test_step(self, batch: TokenStream, batch_idx: int) -> Tensor:
         return self._step(batch, "test")
+
+    def predict_step(self, batch: TokenStream, batch_idx: int) -> list[dict[str, Any]]:
+        """For every document its mean loss a predicted position, and how many there are, by modality (nats: a document's
+        likelihood is exp of minus the sum)."""
+        rows: list[dict[str, Any]] = [{} for _ in range(batch.num_documents)]
+        for name, source, losses in self.model.losses(batch, self.model(batch)):
+            document = batch.document[source]
+            count = torch.bincount(document, minlength=len(rows))
+            summed = torch.zeros(len(rows), device=losses.device).index_add_(0, document, losses.float())
+            for row, n, total in zip(rows, count.tolist(), summed.tolist(), strict=True):
+                if n:
+                    row[name] = {"loss": total / n, "positions": n}
+        return rows
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        return [WriteRows()]
 
     def _step(self, batch: TokenStream, stage: str) -> Tensor:
         several = self.trainer.world_size > 1

@@ -278,6 +278,21 @@ class TokenizerModule(L.LightningModule):
         if self._shown is None:
             self._shown = (x[: self.pictures], out.output[: self.pictures])
 
+    def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:
+        """For every picture its source, its ids and the PSNR of what they decode to (dB)."""
+        x, source = self._prepare(batch)
+        out = self.tokenizer.reconstruct(x)
+        names = getattr(getattr(self.trainer, "datamodule", None), "names", None)
+        return [
+            {"source": names[s] if names else s, "psnr": decibels, "ids": ids.flatten().tolist()}
+            for s, decibels, ids in zip(source.tolist(), psnr(out.output, x).tolist(), out.ids, strict=True)
+        ]
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        from mm.export import WriteRows
+
+        return [WriteRows()]
+
     def on_validation_epoch_end(self) -> None:
         names = getattr(getattr(self.trainer, "datamodule", None), "names", None)
         count = len(names) if names else max(self._val, default=0) + 1

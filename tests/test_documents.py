@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from mm.attention import dense
@@ -224,3 +225,24 @@ def test_a_batch_without_targets_has_loss_zero_and_counts_can_come_from_elsewher
     tokens = build(model, Segment("text", "abc"))
     own, shared = model.loss(tokens), model.loss(tokens, {"text": torch.tensor(8.0)})
     torch.testing.assert_close(shared.total * 8, own.total * 4)
+
+
+def test_prediction_gives_the_loss_of_each_document() -> None:
+    """A row a document, whatever it is packed with: the same as the loss of the document alone."""
+    from mm.training import ModelTraining
+
+    made = tiny()
+    module = ModelTraining(made.backbone.config, made.modalities, context=made.context).eval()
+    documents = [
+        made.build_document([Segment("text", "only words")], torch.Generator()),
+        made.build_document(
+            [Segment("text", "red", loss=False), Segment("image", Image.new("RGB", (4, 4)))], torch.Generator()
+        ),
+    ]
+    with torch.no_grad():
+        rows = module.predict_step(pack(documents), 0)
+        for document, row in zip(documents, rows, strict=True):
+            report = module.model.loss(pack([document]))
+            assert {n: value["positions"] for n, value in row.items()} == report.count
+            for name, value in row.items():
+                assert value["loss"] == pytest.approx(float(report.raw[name]), rel=1e-5)

@@ -461,3 +461,20 @@ def test_the_shipped_configuration_trains(files: Path, tmp_path: Path) -> None:
     tokenizer = ImageVQ.from_directory(tmp_path / "saved")
     assert tokenizer.spec.max_grid == (8, 8) and tokenizer.spec.vocab_size == 1024
     assert (tmp_path / "checkpoints" / "last.ckpt").is_file()
+
+
+def test_prediction_writes_a_row_a_picture(files: Path, tmp_path: Path) -> None:
+    import json
+
+    import lightning as L
+
+    model, source = module(), data(files)
+    L.Trainer(default_root_dir=tmp_path, logger=False, **QUIET).predict(model, datamodule=source)
+    rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    assert [row["source"] for row in rows].count("digits") == 4 and len(rows) == len(source.held_out_rows)
+    picture = source.batch(source.held_out_rows[:1], flips=None).pixels
+    with torch.no_grad():
+        made = model.tokenizer.eval().reconstruct(picture)
+    assert rows[0]["ids"] == made.ids.flatten().tolist()
+    a, b = (((t.clamp(-1, 1) + 1) * 127.5).round() for t in (made.output, picture))
+    assert rows[0]["psnr"] == pytest.approx(float(10 * torch.log10(255**2 / (a - b).square().mean())), rel=1e-4)

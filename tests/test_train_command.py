@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,12 @@ def test_a_run_leaves_logs_checkpoints_and_a_model_and_goes_on(here: Path, tmp_p
     with (run / "logs" / "version_1" / "metrics.csv").open() as file:
         assert [int(row["step"]) for row in csv.DictReader(file) if row["train/loss"]] == [4, 5]
     assert main(["validate", "-c", str(logs / "config.yaml")]) == 0
+
+    # one row a document of the validation data; their mean is the loss that validation logs
+    assert main(["predict", "-c", str(logs / "config.yaml"), "--ckpt_path=last"]) == 0
+    rows = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
+    assert rows and all(row["image"]["positions"] >= 16 and row["image"]["loss"] > 0 for row in rows)
+    assert not list(run.glob("*.tmp"))
 
 
 @pytest.mark.parametrize(

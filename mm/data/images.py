@@ -305,3 +305,6 @@ class ImageTensorDataModule(L.LightningDataModule):
     def val_dataloader(self) -> Any:
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         return Batches(self, self.held_out_rows[rank::world])
+
+    def predict_dataloader(self) -> Any:
+        return self.val_dataloader()

@@ -164,6 +164,9 @@ class MultimodalDataModule(pl.LightningDataModule):
     def test_dataloader(self) -> PackedLoader | list[PackedLoader]:
         return self.val_dataloader()
 
+    def predict_dataloader(self) -> PackedLoader | list[PackedLoader]:
+        return self.val_dataloader()
+
 
 class _Bar:
     """Progress of building a cache; appears only when there is something to build."""
