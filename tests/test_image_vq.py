@@ -419,6 +419,22 @@ def test_the_fingerprint_follows_the_weights() -> None:
     assert make(channels=16).fingerprint != first
 
 
+def test_a_better_decoder_leaves_the_meaning_of_ids(tmp_path: Path) -> None:
+    """The fingerprint stays, and a folder whose decoder was exchanged is refused all the same."""
+    from mm.tokenizers.image_vq import ImageVQ
+
+    tokenizer = make()
+    first = tokenizer.fingerprint
+    tokenizer.save(tmp_path / "a")
+    with torch.no_grad():
+        next(tokenizer.decoder.parameters()).add_(0.1)
+    tokenizer.save(tmp_path / "b")
+    assert ImageVQ.from_directory(tmp_path / "b").fingerprint == first == tokenizer.fingerprint
+    (tmp_path / "b" / "config.json").write_bytes((tmp_path / "a" / "config.json").read_bytes())
+    with pytest.raises(ValueError, match="digest"):
+        ImageVQ.from_directory(tmp_path / "b")
+
+
 def edit(folder: Path, **changes: Any) -> None:
     file = folder / "config.json"
     saved = json.loads(file.read_text())

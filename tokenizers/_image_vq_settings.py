@@ -85,15 +85,18 @@ def read(folder: Path, names: set[str]) -> dict[str, Any]:
     return config
 
 
-def write(folder: Path, config: dict[str, Any], fingerprint: str) -> None:
-    safe_io.write_json(folder / CONFIG, {"format": FORMAT, "fingerprint": fingerprint, "config": config})
+def write(folder: Path, config: dict[str, Any], fingerprint: str, digest: str) -> None:
+    """`fingerprint` says what ids mean, `digest` what settings and weights were saved together."""
+    value = {"format": FORMAT, "fingerprint": fingerprint, "digest": digest, "config": config}
+    safe_io.write_json(folder / CONFIG, value)
 
 
-def check_fingerprint(folder: Path, fingerprint: str) -> None:
+def check_whole(folder: Path, fingerprint: str, digest: str) -> None:
     """Raises `ValueError` where the weights are not those that the settings were saved with."""
-    saved = safe_io.read_json(folder / CONFIG, max_bytes=MAX_CONFIG_BYTES).get("fingerprint")
-    if saved != fingerprint:
-        raise ValueError(
-            f"{folder} has fingerprint {fingerprint}, its {CONFIG} says {str(saved)[:60]!r}: "
-            "restore the pair of files that was saved together"
-        )
+    saved = safe_io.read_json(folder / CONFIG, max_bytes=MAX_CONFIG_BYTES)
+    for name, found in (("fingerprint", fingerprint), ("digest", digest)):
+        if saved.get(name) != found:
+            raise ValueError(
+                f"{folder} has {name} {found}, its {CONFIG} says {str(saved.get(name))[:60]!r}: "
+                "restore the pair of files that was saved together"
+            )

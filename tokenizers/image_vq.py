@@ -231,15 +231,13 @@ class ImageVQ(TrainableTokenizer):
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the configuration and of every weight that ids or pictures depend on; computed once, then kept
+        """Says what an id means: a hash of encoder and quantiser, their settings and weights. A decoder that was trained
+        further draws the same ids better, so models and caches made with the old one still fit. Computed once, then kept
         until the weights change (`train`, `load_state_dict` and `weights_changed` forget it)."""
         if self._fingerprint is None:
-            digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
-            for name, tensor in sorted(self.state_dict().items()):
-                values = tensor.detach().cpu().contiguous()
-                digest.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
-                digest.update(values.reshape(-1).view(torch.uint8).numpy())
-            self._fingerprint = f"image_vq-{digest.hexdigest()[:16]}"
+            config = {name: value for name, value in self.config.items() if not name.startswith("decoder_")}
+            state = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("decoder.")}
+            self._fingerprint = f"image_vq-{_digest(config, state)}"
         return self._fingerprint
 
     def weights_changed(self) -> None:
@@ -260,7 +258,7 @@ class ImageVQ(TrainableTokenizer):
         self.weights_changed()
         with safe_io.atomic_folder(path, last=settings.CONFIG) as folder:
             safe_io.write_tensors(folder / settings.WEIGHTS, self.state_dict())
-            settings.write(folder, self.config, self.fingerprint)
+            settings.write(folder, self.config, self.fingerprint, _digest(self.config, self.state_dict()))
 
     @classmethod
     def tiny(cls) -> ImageVQ:
@@ -275,7 +273,7 @@ class ImageVQ(TrainableTokenizer):
         """A saved tokenizer, in evaluation mode.
 
         Raises:
-            ValueError: files missing, damaged, of other shapes, or not what was saved (fingerprint).
+            ValueError: files missing, damaged, of other shapes, or not what was saved.
         """
         return cls(pretrained=str(path))
 
@@ -283,7 +281,7 @@ class ImageVQ(TrainableTokenizer):
         file = folder / settings.WEIGHTS
         self.load_state_dict(safe_io.read_tensors(file, self.state_dict(), max_bytes=settings.MAX_WEIGHT_BYTES))
         self.eval()
-        settings.check_fingerprint(folder, self.fingerprint)
+        settings.check_whole(folder, self.fingerprint, _digest(self.config, self.state_dict()))
 
     # ---- helpers -----------------------------------------------------------------------------------------------------
 
@@ -333,3 +331,12 @@ class ImageVQ(TrainableTokenizer):
 def _squarish(count: int) -> tuple[int, int]:
     side = math.isqrt(count)
     return (side, side)
+
+
+def _digest(config: dict[str, Any], state: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for name, tensor in sorted(state.items()):
+        values = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
+        digest.update(values.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
