@@ -333,7 +333,7 @@ def _squarish(count: int) -> tuple[int, int]:
     return (side, side)
 
 
-def _digest(config: dict[str, Any], state: dict[str, Tensor]) -> str:
+def _digest(config: dict[str, Any], state: dict[str, Any]) -> str:
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name, tensor in sorted(state.items()):
         values = tensor.detach().cpu().contiguous()
