@@ -1,34 +1,56 @@
-"""`mm bench NAME [--json]`: speed side by side with what users would pick instead, alternating in one run, medians."""
+"""`mm bench [NAME] [--json]`: speed side by side with what users would pick instead.
+
+Both sides take turns in one run (A B A B …), medians count, one thread unless a row says otherwise. The machine's own
+limits are measured in the same run, for a share of them says more than a time.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison. `ratio` = how many times as fast as the peer (above 1: ours is faster)."""
+    """One line of the results.
+
+    `ratio` = how many times as fast as the peer, or what part of the limit (above 1: ours is better). A row without a peer
+    is a fact of its own.
+    """
 
     name: str
     ours: float
-    peer: float
-    ratio: float
     unit: str
-    peer_version: str
+    peer: float | None = None
+    ratio: float | None = None
+    peer_version: str | None = None
+
+    def text(self) -> str:
+        said = f"{self.name}: {self.ours:.4g} {self.unit}"
+        if self.peer is not None and self.ratio is not None:
+            said += f"; {self.peer_version} {self.peer:.4g}; {self.ratio:.2f}×"
+        return said
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user may choose."""
+
+    rounds: int = 5
+    """Counted rounds of each side."""
+    tokens: int = 128
+    """New tokens a generation."""
+    sizes: tuple[tuple[int, int], ...] = ((256, 6), (768, 12))
+    """Width and layers of the language models."""
+    compile: bool = False
+    """Also measure with `torch.compile`."""
 
 
 def alternate(ours: Callable[[], object], peer: Callable[[], object], rounds: int) -> tuple[float, float, float]:
     """Median seconds of both, and the median of the pairwise ratios peer/ours; one warm-up of each, then A B A B …"""
     import statistics
-    import time
-
-    def seconds(run: Callable[[], object]) -> float:
-        start = time.perf_counter()
-        run()
-        return time.perf_counter() - start
 
     ours(), peer()
     pairs = [(seconds(ours), seconds(peer)) for _ in range(rounds)]
@@ -36,28 +58,66 @@ def alternate(ours: Callable[[], object], peer: Callable[[], object], rounds: in
     return statistics.median(a), statistics.median(b), statistics.median(y / x for x, y in pairs)
 
 
+def seconds(run: Callable[[], object]) -> float:
+    import time
+
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+BENCHES = {
+    "start": "seconds until the program is there, and the memory that generating and training take",
+    "decode": "writing text: beside `transformers` `generate`, and the memory's bandwidth",
+    "train": "training: beside `LlamaForCausalLM`, padded batches, `transfusion-pytorch`, and the matrix rate",
+    "tokenize": "pictures to tokens and back: beside a network of `diffusers`",
+}
+
+
+def rows(name: str, settings: Settings) -> Iterator[Row]:
+    """The rows of one benchmark as they are measured. Threads are one meanwhile, and what they were afterwards."""
+    from importlib import import_module
+
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield from import_module(f"mm.bench.{name}").rows(settings)
+    finally:
+        torch.set_num_threads(threads)
+
+
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="mm bench", description=__doc__)
-    parser.add_argument("name", choices=["decode"])
+    width = max(map(len, BENCHES))
+    parser = argparse.ArgumentParser(
+        prog="mm bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="\n".join(f"{name:<{width}}  {text}" for name, text in BENCHES.items()),
+    )
+    parser.add_argument("name", nargs="?", choices=[*BENCHES, "all"], default="all", help="(%(default)s)")
     parser.add_argument("--json", action="store_true", help="one JSON object a row")
-    parser.add_argument("--rounds", type=int, default=5, help="counted rounds of each side")
-    parser.add_argument("--tokens", type=int, default=128, help="new tokens a generation")
-    parser.add_argument("--size", action="append", metavar="WIDTHxLAYERS", help="default: 256x6 and 768x12")
+    parser.add_argument("--rounds", type=int, default=5, help="counted rounds of each side (%(default)s)")
+    parser.add_argument("--tokens", type=int, default=128, help="decode: new tokens a generation (%(default)s)")
+    parser.add_argument(
+        "--size", action="append", metavar="WIDTHxLAYERS", help="decode, train: size of the models (256x6 and 768x12)"
+    )
+    parser.add_argument("--compile", action="store_true", help="decode, train: with torch.compile too (takes minutes)")
     arguments = parser.parse_args(argv)
     if arguments.rounds < 1 or arguments.tokens < 1:
         raise ValueError(f"rounds and tokens must be at least 1, got {arguments.rounds} and {arguments.tokens}")
-    from mm.bench.decode import decode
-
-    for size in arguments.size or ["256x6", "768x12"]:
-        width, _, layers = size.partition("x")
-        if not (width.isdigit() and layers.isdigit() and int(width) % 64 == 0 and int(layers)):
-            raise ValueError(f"a size is WIDTHxLAYERS with a width that 64 divides, such as 256x6; got {size!r}")
-        row = decode(int(width), int(layers), arguments.tokens, arguments.rounds)
-        if arguments.json:
-            print(json.dumps(asdict(row)), flush=True)
-        else:
-            print(
-                f"{row.name}: ours {row.ours:.2f}, {row.peer_version} {row.peer:.2f} {row.unit}; {row.ratio:.2f}× as fast",
-                flush=True,
-            )
+    settings = Settings(rounds=arguments.rounds, tokens=arguments.tokens, compile=arguments.compile)
+    if arguments.size:
+        settings = Settings(settings.rounds, settings.tokens, tuple(map(size, arguments.size)), settings.compile)
+    for name in BENCHES if arguments.name == "all" else [arguments.name]:
+        for row in rows(name, settings):
+            print(json.dumps(asdict(row)) if arguments.json else row.text(), flush=True)
     return 0
+
+
+def size(text: str) -> tuple[int, int]:
+    width, _, layers = text.partition("x")
+    if not (width.isdigit() and layers.isdigit() and int(width) and int(width) % 64 == 0 and int(layers)):
+        raise ValueError(f"a size is WIDTHxLAYERS with a width that 64 divides, such as 256x6; got {text!r}")
+    return int(width), int(layers)

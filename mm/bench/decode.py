@@ -1,55 +1,38 @@
-"""Decoding, batch 1, greedy, the same weights: our engine beside `transformers` `generate`. One thread."""
+"""Decoding, batch 1, greedy, the same weights: our engine beside `transformers` `generate`, and beside the memory.
+
+At batch 1 every token reads every weight once, so that no program on this machine writes a token faster than the weights
+are read. The share of that limit is what is left of the time when all else is taken away.
+"""
 
 from __future__ import annotations
 
-from typing import Any, cast
+import time
+from collections.abc import Iterator
 
 import torch
 
-from mm.bench import Row, alternate
+from mm.bench import Row, Settings, alternate
+from mm.bench.language import VOCAB, pair
+from mm.bench.limits import bandwidth
 from mm.generation import Engine, Request
-from mm.interfaces import Decoded, Encoded, Modality, ModalityTokenizer, Sampling, Spec
-from mm.interop.transformers import backbone_config, load_language_model
+from mm.interfaces import Sampling
 from mm.layout import Segment
 from mm.model import MultimodalModel
 
-VOCAB, PROMPT = 4096, 16
+PROMPT = 16
+CACHE = 64 << 20
+"""Models smaller than this may stay in the processor's cache: memory is no limit for them."""
 
 
-class Ids(ModalityTokenizer):
-    """Ids as they are."""
-
-    @property
-    def spec(self) -> Spec:
-        return Spec(kind="discrete", vocab_size=VOCAB, fingerprint="ids")
-
-    def encode(self, raw: list[int]) -> Encoded:
-        return Encoded(grid=(len(raw),), ids=torch.tensor(raw))
-
-    def decode(self, encoded: Encoded) -> Decoded:
-        assert encoded.ids is not None
-        return Decoded(value=encoded.ids.tolist())
+def rows(settings: Settings) -> Iterator[Row]:
+    for width, layers in settings.sizes:
+        yield from decode(width, layers, settings)
 
 
-def decode(width: int, layers: int, tokens: int, rounds: int) -> Row:
+def decode(width: int, layers: int, settings: Settings) -> Iterator[Row]:
     """Milliseconds a token. Both sides write exactly `tokens` new tokens behind a prompt of 16."""
-    import transformers
-
-    from mm.plugins import load
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=VOCAB, hidden_size=width, intermediate_size=width * 8 // 3 // 32 * 32, num_hidden_layers=layers,
-        num_attention_heads=width // 64, num_key_value_heads=width // 64, eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
-    peer = transformers.LlamaForCausalLM(config).eval()
-    text = Modality(name="text", tokenizer=Ids(), head=load("heads", "lm")(), order=load("orders", "raster")())
-    model = MultimodalModel(backbone_config(config), [text], context=1024).eval()
-    load_language_model(model, peer)
-    with torch.no_grad():  # controls are mean rows, which a random model may like best; ours must not stop early
-        cast(Any, model.head("text")).weight[VOCAB:] = 0.0
+    tokens, name = settings.tokens, f"decode {width}×{layers}"
+    model, peer, version = pair(width, layers)
     prompt = torch.randint(VOCAB, (PROMPT,))
     # one position of the budget is kept for `eos`
     request = Request(
@@ -68,14 +51,31 @@ def decode(width: int, layers: int, tokens: int, rounds: int) -> Row:
                 do_sample=False,
             )  # fmt: skip
 
-    try:
-        mine, other, ratio = alternate(ours, theirs, rounds)
-    finally:
-        torch.set_num_threads(threads)
-    count = len(written[0].content) if written else 0
-    if count != tokens:
-        raise ValueError(f"the engine wrote {count} tokens instead of {tokens}: the two sides did unequal work")
-    return Row(
-        name=f"decode {width}×{layers}", ours=1e3 * mine / tokens, peer=1e3 * other / tokens, ratio=ratio,
-        unit="ms a token", peer_version=f"transformers {transformers.__version__}",
-    )  # fmt: skip
+    def check() -> None:
+        count = len(written[0].content) if written else 0
+        if count != tokens:
+            raise ValueError(f"the engine wrote {count} tokens instead of {tokens}: the two sides did unequal work")
+
+    mine, other, ratio = alternate(ours, theirs, settings.rounds)
+    check()
+    token = 1e3 * mine / tokens
+    yield Row(name, token, "ms a token", 1e3 * other / tokens, ratio, version)
+    size = read_bytes(model)
+    if size > CACHE:
+        rate = bandwidth(width)
+        limit = size / rate / 1e6
+        yield Row(f"{name}, share of the bandwidth", token, "ms a token", limit, limit / token, f"{rate:.1f} GB/s")
+    if settings.compile:
+        model.backbone.compile(dynamic=True)
+        start = time.perf_counter()
+        ours()
+        first = time.perf_counter() - start
+        mine, other, ratio = alternate(ours, theirs, settings.rounds)
+        check()
+        yield Row(f"{name}, compiled", 1e3 * mine / tokens, "ms a token", 1e3 * other / tokens, ratio, version)
+        yield Row(f"{name}, compiling", first, "s")
+
+
+def read_bytes(model: MultimodalModel) -> int:
+    """Bytes of weights that one token reads: all but the embedding, of which it reads one row."""
+    return sum(p.numel() * p.element_size() for n, p in model.named_parameters() if not n.startswith("embedding"))
