@@ -117,6 +117,10 @@ class Packed:
 
 
 def _sdpa(run: Run, mask: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    if v.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        # short documents: float32 is three times as fast there as bfloat16, whose backward pass has no kernel of its own
+        with torch.autocast("cpu", enabled=False):
+            return _sdpa(run, mask, q.float(), k.float(), v.float())
     q, k, v = (x.view(run.count, run.length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
     out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=run.kind == "causal", enable_gqa=q.shape[1] != k.shape[1]

@@ -17,7 +17,9 @@ from torch.autograd.function import once_differentiable
 
 
 def rms_norm(x: Float[Tensor, "*T W"], weight: Float[Tensor, " W"], eps: float) -> Float[Tensor, "*T W"]:
-    """x / √(mean x² + eps) · weight, over the last axis."""
+    """x / √(mean x² + eps) · weight, over the last axis. Under autocast in float32, as PyTorch's own norms."""
+    if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        x = x.float()
     if _plain(x):
         return F.rms_norm(x, weight.shape, weight, eps)
     return _RMSNorm.apply(x, weight, eps)

@@ -1,8 +1,8 @@
 """Muon (Jordan et al. 2024) for the matrices inside the backbone, AdamW for everything else, as one optimizer.
 
 Muon replaces the momentum of a matrix by the nearest orthogonal matrix, so that rare directions of the gradient move as
-far as common ones: what is seen seldom is learned sooner. `torch.optim.Muon` knows only matrices and computes in
-bfloat16, which a CPU without bfloat16 units does fifty times slower than float32.
+far as common ones: what is seen seldom is learned sooner. `torch.optim.Muon` takes no blocks, and always computes in
+bfloat16, which a CPU without units for it does fifty times slower than float32.
 """
 
 from __future__ import annotations
@@ -13,17 +13,20 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from mm.runtime import fast_bfloat16
+
 # Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks", quintic coefficients.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
     """The orthogonal factor U·Vᵀ of each matrix U·S·Vᵀ, roughly (singular values end within about 0.7 to 1.2), by
-    Newton–Schulz iteration. `matrices` is (batch, rows, columns), float32 or, on CUDA, computed in bfloat16."""
+    Newton–Schulz iteration: in bfloat16 where the device is fast at it, else in float32. `matrices` is (batch, rows,
+    columns)."""
     a, b, c = COEFFICIENTS
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
-    x = x.to(torch.bfloat16 if x.is_cuda else torch.float32)
+    x = x.to(torch.bfloat16 if x.is_cuda or fast_bfloat16() else torch.float32)
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
         gram = x @ x.mT

@@ -47,6 +47,9 @@ def optimizer_and_schedule(
         groups.append({"params": same, "weight_decay": weight_decay, "rows": kind[1]})
     kind_of = Muon if blocks else torch.optim.AdamW
     optimizer = kind_of([g for g in groups if g["params"]], lr=lr, betas=betas, fused=True)
+    # Fused AdamW offers to undo float16's loss scaling itself, and Lightning then refuses to clip gradients in mixed
+    # precision. Without the offer the scaling is undone before the clipping; nothing else changes.
+    optimizer._step_supports_amp_scaling = False
     rate = functools.partial(warmup_cosine, warmup=warmup, total=total, floor=floor)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

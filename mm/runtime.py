@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import sys
+
+
+@functools.cache
+def fast_bfloat16() -> bool:
+    """Whether this CPU has units for bfloat16 products (AVX512-BF16, AMX): about twice as fast as float32 then, and dozens of
+    times slower where they are emulated."""
+    import torch
+
+    known = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # PyTorch has no public name for them yet
+    return torch.backends.mkldnn.is_available() and any(getattr(torch.cpu, name, bool)() for name in known)
 
 
 def tune_cpu() -> None:

@@ -223,6 +223,23 @@ def test_dropout_acts_in_training_only_and_keeps_the_mean() -> None:
     assert (kept == 0).float().mean().item() == pytest.approx(0.3, abs=0.01)
 
 
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_mixed_precision_on_the_cpu_stays_close(name: str) -> None:
+    """Products in bfloat16; norms, rotary, softmax and the residual stream in float32."""
+    tokens, model = LAYOUTS[name], backbone(qk_norm=True)
+    x = torch.randn(len(tokens), 24, requires_grad=True)
+    grad_of_output = torch.randn(len(tokens), 24)
+    results = []
+    for mixed in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            out = run(model, tokens, x)
+        assert out.dtype == torch.float32
+        gradients = torch.autograd.grad(out, [x, *model.parameters()], grad_of_output)
+        results.append([out.detach(), *gradients])
+    for exact, mixed_one in zip(*results, strict=True):
+        assert float((exact - mixed_one).norm() / exact.norm()) < 0.05
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_checkpointing_changes_neither_outputs_nor_gradients(dropout: float) -> None:
     tokens = pack([*LAYOUTS.values()])

@@ -43,6 +43,11 @@ def main(argv: list[str]) -> int:
                 version = next(f"version_{n}" for n in range(10**9) if not Path(root, "logs", f"version_{n}").exists())
                 place: dict[str, Any] = {"save_dir": root, "name": "logs", "version": version}
                 kwargs.setdefault("logger", [TensorBoardLogger(**place), CSVLogger(**place)])
+            if settings.precision is None and settings.accelerator in ("auto", "gpu", "cuda"):
+                import torch
+
+                if torch.cuda.is_available() and torch.cuda.is_bf16_supported():
+                    kwargs["precision"] = "bf16-mixed"
             trainer = super().instantiate_trainer(**kwargs)
             for callback in trainer.checkpoint_callbacks:  # a place that `--ckpt_path last` finds again
                 if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
