@@ -35,6 +35,9 @@ demo: $(STAMPS)/run ## pictures for a prompt and a caption for a picture, from t
 	$(BIN)/mm generate --to text --from $(OUT)/red-apple-01.png --seed 0 --out $(OUT)/red-apple.txt
 	@printf 'The pictures: %s   The first of them in words: ' $(OUT)/red-apple.png; cat $(OUT)/red-apple.txt; echo
 
+app: $(STAMPS)/run ## the demo in a browser (ARGS="--port 8000" and the like; Ctrl+C ends it)
+	$(BIN)/mm app $(ARGS)
+
 test: $(STAMPS)/dev ## all tests (ARGS="-k name" chooses)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 

@@ -18,6 +18,7 @@ COMMANDS = {
     "tokenize": ("mm.commands.tokenize", "encode and decode a file; report rate and distortion"),
     "list": ("mm.commands.list", "tokenizers, orders, heads, systems, checkpoints"),
     "data": ("mm.commands.data", "make or convert data sets"),
+    "app": ("mm.apps.demo", "the demo in a browser"),
     "evaluate": ("mm.evaluate", "every quality figure of a checkpoint as a table and JSON"),
     "bench": ("mm.bench", "speed side by side with what users would pick instead"),
 }
