@@ -17,7 +17,7 @@ export OMP_NUM_THREADS ?= 1
 OUT ?= demo
 ARGS ?=
 
-.PHONY: help setup setup-dev setup-bench demo app test lint format clean
+.PHONY: help setup setup-dev setup-bench demo app bench test lint format clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do \
@@ -37,6 +37,9 @@ demo: $(STAMPS)/run ## pictures for a prompt and a caption for a picture, from t
 
 app: $(STAMPS)/run ## the demo in a browser (ARGS="--port 8000" and the like; Ctrl+C ends it)
 	$(BIN)/mm app $(ARGS)
+
+bench: $(STAMPS)/bench ## speed side by side with what one would use instead (ARGS="decode" chooses; minutes)
+	$(BIN)/mm bench $(ARGS)
 
 test: $(STAMPS)/dev ## all tests (ARGS="-k name" chooses)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)

@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mm.apps._live import live, toasts
-from mm.commands.common import parser
+from mm.commands.common import choose_threads, parser
 
 if TYPE_CHECKING:
     from gradio import Blocks
@@ -52,11 +52,10 @@ def main(argv: list[str]) -> int:
     """Returns the exit status; raises `ValueError` for what can't be done."""
     args = arguments(argv)
     check_address(args.host, args.port)  # before the seconds that loading takes
-    from mm.commands.generate import _threads
     from mm.pipelines.text_to_image import TextToImagePipeline
 
     pipeline = TextToImagePipeline.from_pretrained(args.model)
-    _threads(pipeline, None)
+    choose_threads(pipeline.model)
     app = build(pipeline, args.model)
     print(f"The demo is at {launch(app, args.host, args.port)} (Ctrl+C ends it)", file=sys.stderr, flush=True)
     try:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mm.model import MultimodalModel
 
 
 def parser(command: str, description: str) -> argparse.ArgumentParser:
@@ -13,6 +17,18 @@ def parser(command: str, description: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(
         prog=f"mm {command}", description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
+
+
+def choose_threads(model: MultimodalModel, wanted: int | None = None) -> None:
+    """CPU threads for generation: as wanted, or else one for small models. A step of theirs is over before a second thread
+    has woken up, and beside other programs waiting for that takes a hundred times longer."""
+    import torch
+
+    if wanted is not None and wanted < 1:
+        raise ValueError(f"--threads must be at least 1, got {wanted}")
+    small = sum(parameter.numel() for parameter in model.parameters()) < 30_000_000
+    if wanted is not None or (small and "OMP_NUM_THREADS" not in os.environ):
+        torch.set_num_threads(wanted or 1)
 
 
 class Bar:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 import time
@@ -10,7 +9,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mm.commands.common import Bar, parser
+from mm.commands.common import Bar, choose_threads, parser
 
 if TYPE_CHECKING:
     from mm.generation import Event
@@ -55,7 +54,7 @@ def main(argv: list[str]) -> int:
     if args.out:  # an ending that can't be written is refused before the work
         numbered(args.out, 1, "out", PICTURES if args.to == "image" else TEXTS)
     pipeline = AnyToAnyPipeline.from_pretrained(args.model, args.device)
-    _threads(pipeline, args.threads)
+    choose_threads(pipeline.model, args.threads)
     loaded = time.perf_counter()
     pictures = any(len(entry.max_grid) == 2 for entry in pipeline.model.vocabulary.entries)
     kinds = ["text", "image"] if pictures else ["text"]
@@ -82,18 +81,6 @@ def main(argv: list[str]) -> int:
         file=sys.stderr,
     )
     return 0
-
-
-def _threads(pipeline: Pipeline, wanted: int | None) -> None:
-    """A step of a small model is over before a second thread has woken up, and beside other programs waiting for that
-    takes a hundred times longer."""
-    import torch
-
-    if wanted is not None and wanted < 1:
-        raise ValueError(f"--threads must be at least 1, got {wanted}")
-    small = sum(parameter.numel() for parameter in pipeline.model.parameters()) < 30_000_000
-    if wanted is not None or (small and "OMP_NUM_THREADS" not in os.environ):
-        torch.set_num_threads(wanted or 1)
 
 
 def _options(args: Namespace) -> dict[str, Any]:
