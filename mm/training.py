@@ -15,6 +15,7 @@ from mm.interfaces import Modality, Sampling
 from mm.layout import Segment
 from mm.model import MultimodalModel
 from mm.optimization import optimizer_and_schedule
+from mm.resume import RandomState
 from mm.stream import TokenStream
 
 
@@ -99,7 +100,7 @@ class ModelTraining(pl.LightningModule):
         return rows
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        return [WriteRows()]
+        return [WriteRows(), RandomState()]
 
     def _step(self, batch: TokenStream, stage: str) -> Tensor:
         several = self.trainer.world_size > 1

@@ -107,7 +107,6 @@ class TokenizerModule(L.LightningModule):
         # Two optimisers take turns only where there is an adversary.
         self.automatic_optimization = self.discriminator is None
         self.batches_done = 0
-        self._rng: Tensor | None = None
         self._train_counts: Tensor | None = None
         self._val_counts: Tensor | None = None
         self._val: dict[int, list[Tensor]] = {}
@@ -290,8 +289,9 @@ class TokenizerModule(L.LightningModule):
 
     def configure_callbacks(self) -> list[L.Callback]:
         from mm.export import WriteRows
+        from mm.resume import RandomState
 
-        return [WriteRows()]
+        return [WriteRows(), RandomState()]
 
     def on_validation_epoch_end(self) -> None:
         names = getattr(getattr(self.trainer, "datamodule", None), "names", None)
@@ -343,15 +343,7 @@ class TokenizerModule(L.LightningModule):
     # ---- exact resumption --------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        # Replaced dead codes are drawn from the global generator, which Lightning does not keep.
-        checkpoint["tokenizer_module"] = {"batches_done": self.batches_done, "rng": torch.get_rng_state()}
+        checkpoint["tokenizer_module"] = {"batches_done": self.batches_done}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        state = checkpoint.get("tokenizer_module", {})
-        self.batches_done = int(state.get("batches_done", 0))
-        self._rng = state.get("rng")
-
-    def on_train_start(self) -> None:
-        if self._rng is not None:
-            torch.set_rng_state(self._rng.cpu())
-            self._rng = None
+        self.batches_done = int(checkpoint.get("tokenizer_module", {}).get("batches_done", 0))

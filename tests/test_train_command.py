@@ -79,6 +79,24 @@ def test_a_run_leaves_logs_checkpoints_and_a_model_and_goes_on(here: Path, tmp_p
     assert not list(run.glob("*.tmp"))
 
 
+def test_a_resumed_run_repeats_the_interrupted_one(here: Path, tmp_path: Path) -> None:
+    """Batches, optimizer, schedule, and what dropout draws: the losses after step 2 are those of the run that went on."""
+    arguments = ["-c", "systems/llamagen.yaml", "-c", "debug.yaml", *PALETTE, *QUIET]
+    arguments += ["--trainer.fast_dev_run=false", "--trainer.max_steps=4", "--trainer.log_every_n_steps=1"]
+    arguments += ["--trainer.val_check_interval=3", "--model.init_args.backbone.dropout=0.3"]
+    saving = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint"}
+    saving["init_args"] = {"every_n_train_steps": 2, "save_top_k": -1, "filename": "{step}"}  # type: ignore[assignment]
+    arguments.append(f"--trainer.callbacks={json.dumps([saving])}")
+    losses = []
+    for name, more in (("whole", []), ("rest", [f"--ckpt_path={tmp_path}/whole/checkpoints/step=2.ckpt"])):
+        assert main(["fit", *arguments, f"--trainer.default_root_dir={tmp_path}/{name}", *more]) == 0
+        with (tmp_path / name / "logs" / "version_0" / "metrics.csv").open() as file:
+            losses.append({int(row["step"]): row["train/loss"] for row in csv.DictReader(file) if row["train/loss"]})
+    whole, rest = losses
+    assert sorted(whole) == [0, 1, 2, 3] and sorted(rest) == [2, 3]
+    assert all(rest[step] == whole[step] for step in rest)
+
+
 @pytest.mark.parametrize(
     ("overlay", "message"),
     [
