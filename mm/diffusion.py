@@ -337,21 +337,24 @@ class Plan:
         """Tensors of noise that `run` takes: the beginning, and one for each step that adds noise."""
         return 1 + sum(step.fresh > 0 for step in self.steps)
 
+    def noise(
+        self, rows: int, dim: int, generator: torch.Generator | None = None, temperature: float = 1.0
+    ) -> Float[Tensor, "draws n D"]:
+        """All that `run` takes, on the CPU. `temperature` scales the noise that is added on the way (MAR); where none is, that
+        of the beginning."""
+        noise = torch.randn(self.draws, rows, dim, generator=generator)
+        if temperature != 1.0:
+            noise[min(1, self.draws - 1) :] *= temperature
+        return noise
+
     def run(
         self,
         predict: Callable[[Float[Tensor, "n D"], int], Tensor],
         noise: Sequence[Float[Tensor, "n D"]] | Float[Tensor, "draws n D"],
-        temperature: float = 1.0,
     ) -> Float[Tensor, "n D"]:
-        """From noise to data. `predict(x, k)` is the network at step k: (n, D), or (n, 2·D) if it predicts the variance too.
-
-        `temperature` scales the noise that is added on the way (MAR); where none is, the noise at the beginning.
-        """
+        """From noise to data. `predict(x, k)` is the network at step k: (n, D), or (n, 2·D) if it predicts the variance too."""
         given = iter(noise)
         x = next(given)
-        noisy = self.draws > 1
-        if not noisy and temperature != 1.0:
-            x = x * temperature
         width = x.shape[-1]
         remember = any(step.memory for step in self.steps)
         clean: Tensor | None = None
@@ -369,11 +372,25 @@ class Plan:
             if step.fresh:
                 fresh = next(given)
                 if extra is None:
-                    moved.add_(fresh, alpha=step.fresh * temperature)
+                    moved.add_(fresh, alpha=step.fresh)
                 else:
-                    moved.addcmul_(fresh, _deviation(extra, step), value=temperature)
+                    moved.addcmul_(fresh, _deviation(extra, step))
             x = moved
         return x
+
+    def transition(
+        self, predict: Callable[[Tensor, int], Tensor], x: Float[Tensor, "n D"], k: int
+    ) -> tuple[Float[Tensor, "n D"], Float[Tensor, "n D"]]:
+        """Mean and log-variance of x after step k. Raises `ValueError` for a step that needs the one before."""
+        step = self.steps[k]
+        if step.memory:
+            raise ValueError("a multistep solver has no transition of its own; take ddpm, ddim, euler or sde")
+        y = predict(x, k)
+        y, extra = y[..., : x.shape[-1]], y[..., x.shape[-1] :]
+        mean = (x * step.x).add_(y, alpha=step.y)
+        if step.fresh and extra.shape[-1]:
+            return mean, 2 * _deviation(extra, step).log()
+        return mean, torch.full_like(mean, 2 * math.log(step.fresh) if step.fresh else float("-inf"))
 
 
 def _deviation(extra: Tensor, step: Step) -> Tensor:

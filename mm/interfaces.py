@@ -173,6 +173,8 @@ class Sampling:
     top_p: float = 1.0
     steps: int = 0
     """Refinement steps of orders that have them (masked, blocks); 0 = the order's default."""
+    denoising_steps: int = 0
+    """Evaluations of a diffusion head for each vector; 0 = the head's default."""
     guidance: float = 1.0
     """Classifier-free guidance s in u + s·(c − u); 1 = off (the second branch is not run)."""
     guidance_schedule: Literal["constant", "ramp"] = "constant"
@@ -185,8 +187,11 @@ class Sampling:
             raise ValueError(f"temperature must be >= 0, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
-        if self.top_k < 0 or self.steps < 0:
-            raise ValueError(f"top_k and steps must be >= 0 (0 = off / default), got {self.top_k} and {self.steps}")
+        if min(self.top_k, self.steps, self.denoising_steps) < 0:
+            raise ValueError(
+                f"top_k, steps and denoising_steps must be >= 0 (0 = off / default), got {self.top_k}, {self.steps} and "
+                f"{self.denoising_steps}"
+            )
         lo, hi = self.guidance_interval
         if not 0 <= lo <= hi <= 1:
             raise ValueError(f"guidance_interval must satisfy 0 <= from <= to <= 1, got {self.guidance_interval}")

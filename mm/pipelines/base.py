@@ -36,6 +36,7 @@ class SamplingOptions(TypedDict, total=False):
     top_k: int
     top_p: float
     steps: int
+    denoising_steps: int
     guidance: float
     guidance_schedule: Literal["constant", "ramp"]
     guidance_interval: tuple[float, float]

@@ -1,0 +1,144 @@
+"""The diffusion head: a distribution over vectors, given a hidden state (MAR, MMAR, Orthus, NextStep-1, Fluid).
+
+A small network (`mm.denoiser`) learns to undo the noise of a process (`mm.diffusion`) with the hidden state as its
+condition. The backbone runs once a token; the network runs once a step of the sampler.
+
+Letters in shapes: n positions, W backbone width, D width of a vector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mm.denoiser import Denoiser
+from mm.diffusion import Plan, Process, Sampler
+from mm.interfaces import Draw, Head, Sampling, Spec
+
+
+class DiffusionHead(Head):
+    """Learns and samples vectors.
+
+    Args:
+        process: from data to noise, and what the network predicts.
+        sampler: from noise to data, unless `Sampling.denoising_steps` asks for another number of steps.
+        width: width inside the network; 0 = the backbone's.
+        blocks: its residual blocks.
+        batch_multiplier: times and noises drawn for each vector in training (MAR: 4): the backbone's work serves them all.
+        learned_variance: the network also predicts the variance of each `ddpm` step. For weights of MAR; it is sampled
+            with, and not trained here.
+    """
+
+    net: Denoiser
+
+    def __init__(
+        self,
+        process: Process | Mapping[str, Any] | None = None,
+        sampler: Sampler | Mapping[str, Any] | None = None,
+        width: int = 0,
+        blocks: int = 3,
+        batch_multiplier: int = 4,
+        learned_variance: bool = False,
+    ) -> None:
+        super().__init__()
+        self.process = Process(**process) if isinstance(process, Mapping) else process or Process()
+        self.sampler = Sampler(**sampler) if isinstance(sampler, Mapping) else sampler or Sampler()
+        self.plans: dict[int, Plan] = {}
+        self.plan()  # a pair that can't work is refused now, not after hours of training
+        if width < 0 or blocks < 1 or batch_multiplier < 1:
+            raise ValueError(
+                f"a diffusion head needs width >= 0, blocks >= 1 and batch_multiplier >= 1, got {width}, {blocks} and "
+                f"{batch_multiplier}"
+            )
+        if learned_variance and self.sampler.solver != "ddpm":
+            raise ValueError(f"learned_variance belongs to the solver ddpm, got {self.sampler.solver}")
+        self.width, self.blocks, self.batch_multiplier = width, blocks, batch_multiplier
+        self.learned_variance = learned_variance
+
+    def build(self, *, width: int, spec: Spec, controls: int = 0) -> None:
+        if spec.kind != "continuous":
+            raise ValueError(f"a diffusion head predicts vectors, but this tokenizer is {spec.kind}; give it an LMHead")
+        if controls:
+            raise ValueError("the host modality must be discrete: its head also predicts the control tokens")
+        self.dim = spec.dim
+        out = spec.dim * (2 if self.learned_variance else 1)
+        self.net = Denoiser(spec.dim, width, self.width or width, self.blocks, out)
+
+    def plan(self, steps: int = 0) -> Plan:
+        """The sampler's steps, worked out once for each number of them."""
+        if steps not in self.plans:
+            settings = self.sampler if not steps else Sampler(**{**vars(self.sampler), "steps": steps})
+            self.plans[steps] = settings.plan(self.process)
+        return self.plans[steps]
+
+    def loss(self, hidden: Float[Tensor, "n W"], target: Float[Tensor, "n D"]) -> Float[Tensor, " n"]:
+        """Mean squared error of the prediction, over the vector and `batch_multiplier` draws. In float32, also inside
+        autocast."""
+        if self.learned_variance:
+            raise ValueError("a head with learned_variance is for sampling with given weights; train one without it")
+        with torch.autocast(hidden.device.type, enabled=False):
+            count, times = self.batch_multiplier, self.batch_multiplier * len(target)
+            x0 = target.float().repeat(count, 1)
+            condition = self.net.condition(hidden.float()).repeat(count, 1)
+            t = self.process.draw_time(times).to(x0.device)
+            noise = torch.randn_like(x0)
+            made = self.net.predict(
+                self.process.corrupt(x0, noise, t), self.net.embed_time(self.process.network_time(t)), condition
+            )
+            wanted = self.process.target(x0, noise, t)
+            return (made - wanted).square().mean(-1).view(count, -1).mean(0)
+
+    @torch.no_grad()
+    def sample(self, hidden: Float[Tensor, "n W"], draws: Sequence[Draw]) -> list[tuple[Tensor, Tensor | None]]:
+        """Vectors. Rows with guidance have a second row whose noise and x are the same: ŷ = u + scale·(c − u)."""
+        out: dict[int, tuple[Tensor, Tensor | None]] = {}
+        with torch.autocast(hidden.device.type, enabled=False):
+            for steps in dict.fromkeys(draw.sampling.denoising_steps for draw in draws):
+                chosen = [n for n, draw in enumerate(draws) if draw.sampling.denoising_steps == steps]
+                made = self._together(hidden.float(), [draws[n] for n in chosen], self.plan(steps))
+                for number, part in zip(chosen, made, strict=True):
+                    out[number] = (part, None)
+        return [out[number] for number in range(len(draws))]
+
+    def _together(self, hidden: Tensor, draws: Sequence[Draw], plan: Plan) -> list[Tensor]:
+        """All rows in one batch, the unconditional ones behind."""
+        noises, conditions, twins, scales, guided = [], [], [], [], []
+        at = 0
+        for draw in draws:
+            own = hidden[draw.rows]
+            noises.append(plan.noise(len(own), self.dim, draw.generator, draw.sampling.temperature))
+            conditions.append(own)
+            if draw.unconditional is not None and draw.scale != 1.0:
+                twins.append(hidden[draw.unconditional])
+                scales.append(torch.full((len(own), 1), draw.scale))
+                guided.append(torch.arange(at, at + len(own)))
+            at += len(own)
+        noise = torch.cat(noises, dim=1).to(hidden.device)
+        predict = self.net.steps(torch.cat([*conditions, *twins]), plan.network_time)
+        if twins:
+            rows, scale = torch.cat(guided).to(hidden.device), torch.cat(scales).to(hidden.device)
+            plain = predict
+
+            def predict(x: Tensor, k: int) -> Tensor:
+                both = plain(torch.cat((x, x[rows])), k)
+                given, free = both[: len(x)], both[len(x) :]
+                # what is predicted of the variance is not guided (MAR)
+                moved = torch.lerp(free[:, : self.dim], given[rows, : self.dim], scale)
+                given[rows, : self.dim] = moved
+                return given
+
+        made = plan.run(predict, noise)
+        # random numbers come from the CPU, so that a seed means one thing everywhere; vectors go back to it
+        return [part.cpu() for part in made.split([len(c) for c in conditions])]
+
+    def transition(
+        self, hidden: Float[Tensor, "n W"], x: Float[Tensor, "n D"], step: int, sampling: Sampling | None = None
+    ) -> tuple[Float[Tensor, "n D"], Float[Tensor, "n D"]]:
+        """Mean and log-variance of one step of the sampler from x (speculative decoding compares two models' chains by
+        them). A step without noise has log-variance −∞."""
+        plan = self.plan(sampling.denoising_steps if sampling else 0)
+        return plan.transition(self.net.steps(hidden.float(), plan.network_time), x, step)
