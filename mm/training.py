@@ -123,10 +123,12 @@ class ModelTraining(pl.LightningModule):
         return {m.name: counts[n] for n, m in enumerate(self.model.modalities)}
 
     def on_validation_end(self) -> None:
-        if self.sample_prompts and self.trainer.is_global_zero and not self.trainer.sanity_checking:
-            self.log_samples()
+        if self.sample_prompts and not self.trainer.sanity_checking:
+            folder = self.trainer.log_dir  # all ranks ask, for the first one tells the others
+            if self.trainer.is_global_zero:
+                self.log_samples(folder)
 
-    def log_samples(self) -> None:
+    def log_samples(self, folder: str | None) -> None:
         """Pictures for `sample_prompts`, as a grid in TensorBoard and as a PNG beside the logs."""
         from mm.generation import Engine, Request
         from mm.sheet import grid
@@ -146,7 +148,6 @@ class ModelTraining(pl.LightningModule):
         tokenizer = model.modalities[model.vocabulary.index[image.name]].tokenizer
         made = [segments[-1].content for segments in Engine(model).generate(requests)]
         sheet = grid([decoded.value for decoded in tokenizer.decode_batch(made)])
-        folder = self.trainer.log_dir
         if folder is not None:
             from pathlib import Path
 

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -77,6 +81,31 @@ def test_a_run_leaves_logs_checkpoints_and_a_model_and_goes_on(here: Path, tmp_p
     rows = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
     assert rows and all(row["image"]["positions"] >= 16 and row["image"]["loss"] > 0 for row in rows)
     assert not list(run.glob("*.tmp"))
+
+
+def test_two_ranks_validate_draw_samples_and_go_on(here: Path, tmp_path: Path) -> None:
+    """What only the first rank does (samples, the exported model) must not leave it waiting for the other."""
+    program = "import sys; from mm.cli import main; sys.exit(main(sys.argv[1:]))"
+    script = tmp_path / "program.py"  # Lightning starts the second rank by the name of the first one's file
+    script.write_text(program)
+    callbacks = json.dumps([{"class_path": "mm.export.SavePretrained"}])
+    arguments = ["fit", "-c", "systems/liquid.yaml", "-c", "debug.yaml", *PALETTE, *QUIET, "--trainer.devices=2"]
+    arguments += ["--trainer.strategy=ddp", "--trainer.fast_dev_run=false", "--trainer.max_steps=4"]
+    arguments += ["--trainer.val_check_interval=2", "--trainer.log_every_n_steps=1", f"--trainer.callbacks={callbacks}"]
+    arguments += [f"--trainer.default_root_dir={tmp_path}/run"]
+    process = subprocess.Popen(
+        [sys.executable, str(script), *arguments], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
+        start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    try:
+        _, errors = process.communicate(timeout=240)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    assert process.returncode == 0, errors.decode()[-3000:]
+    logs = tmp_path / "run" / "logs" / "version_0"
+    assert sorted(path.name for path in (logs / "samples").iterdir()) == ["step-000002.png", "step-000004.png"]
+    assert (tmp_path / "run" / "model" / "model.json").is_file()
 
 
 def test_a_resumed_run_repeats_the_interrupted_one(here: Path, tmp_path: Path) -> None:
