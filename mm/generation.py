@@ -19,7 +19,7 @@ from mm.decoding import SingleStep
 from mm.interfaces import Draw, Encoded, Sampling
 from mm.layout import NULL, Segment
 from mm.model import MultimodalModel
-from mm.rows import Feed, Row
+from mm.rows import Feed, Row, gather_records
 from mm.stream import TokenStream
 
 
@@ -52,7 +52,7 @@ class Event:
     row: int
     modality: str
     content: Tensor
-    """Local ids of the segment so far."""
+    """Local ids, or vectors, of the segment so far."""
     done: float
 
 
@@ -77,7 +77,7 @@ class Engine:
         finally:
             model.train(training)
         # copies made outside inference mode are ordinary tensors, which training may use
-        return [[replace(s, content=replace(s.content, ids=s.content.ids.clone())) for s in row] for row in made]
+        return [[replace(s, content=_ordinary(s.content)) for s in row] for row in made]
 
     def _run(self, requests: Sequence[Request], on_step: Callable[[Event], None] | None) -> list[list[Segment]]:
         model, count = self.model, len(requests)
@@ -108,7 +108,10 @@ class Engine:
         chunks = [Chunk(feed.slot(count), feed.order, feed.copy, feed.keep) for feed in feeds]
         neighbours = chunks[-1].row - chunks[0].row == len(chunks) - 1
         if step is not None and neighbours and all(feed.plain for feed in feeds):
-            x = self.model.embedding(torch.tensor([feed.ids[0] for feed in feeds]))
+            if any(feed.records for feed in feeds):
+                x = self.model.embed(assemble(feeds, self.model.device))
+            else:
+                x = self.model.embedding(torch.tensor([feed.ids[0] for feed in feeds]))
             hidden = step(x, torch.tensor([feed.position[0] for feed in feeds]), chunks[0].row)
         else:
             hidden = self.model(assemble(feeds, self.model.device), cache.plan(chunks))
@@ -166,6 +169,13 @@ class Engine:
                 row.accept(tokens, log_prob)
 
 
+def _ordinary(content: Encoded) -> Encoded:
+    if content.latents is not None:
+        return replace(content, latents=content.latents.clone())
+    assert content.ids is not None
+    return replace(content, ids=content.ids.clone())
+
+
 def assemble(feeds: Sequence[Feed], device: torch.device) -> TokenStream:
     """The positions of one pass as a stream (document = place in the pass)."""
     lengths = [len(feed.order) for feed in feeds]
@@ -175,7 +185,6 @@ def assemble(feeds: Sequence[Feed], device: torch.device) -> TokenStream:
         time = torch.zeros(total)
     else:
         time = torch.cat([torch.zeros(n) if f.time is None else f.time for f, n in zip(feeds, lengths, strict=True)])
-    inject = Row.gather_inject(feeds, lengths)
     stream = TokenStream(
         modality=torch.tensor([m for feed in feeds for m in feed.modality]),
         ids=torch.tensor([i for feed in feeds for i in feed.ids]),
@@ -188,7 +197,7 @@ def assemble(feeds: Sequence[Feed], device: torch.device) -> TokenStream:
         time=time,
         target=zero - 1,
         weight=torch.zeros(total),
-        inject=inject,
+        **gather_records(feeds, lengths),
     )
     return stream if device.type == "cpu" else stream.to(device)
 

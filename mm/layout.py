@@ -42,6 +42,16 @@ class DocumentBuilder:
             return segment.content
         return self.modalities[self.vocabulary.index[segment.modality]].tokenizer.encode(segment.content)
 
+    def _check_width(self, modality: Modality, encoded: Encoded) -> None:
+        spec, content = modality.tokenizer.spec, encoded.content
+        wanted = spec.dim if spec.kind == "continuous" else spec.num_codes
+        fits = content.ndim == 2 and content.shape[1] == wanted and content.is_floating_point() == (spec.dim > 0)
+        if not fits:
+            raise ValueError(
+                f"{modality.name}: its content has shape {tuple(content.shape)} of {content.dtype}, expected {wanted} "
+                f"{'numbers' if spec.dim else 'sub-codes'} an element"
+            )
+
     def __call__(self, document: Sequence[Segment], rng: torch.Generator, *, close: bool = True) -> TokenStream:
         """The stream of one document. `close=False` leaves out `eos` (a prompt to be continued)."""
         draft = _Draft(self.vocabulary)
@@ -54,6 +64,8 @@ class DocumentBuilder:
             number = self.vocabulary.index[segment.modality]
             modality = self.modalities[number]
             encoded = self.encode(segment)
+            if entry.kind != "discrete":
+                self._check_width(modality, encoded)
             host_weight = self.modalities[0].weight if segment.loss else 0.0
             if number:
                 draft.controls(self.vocabulary.opening(entry.name, encoded.grid), host_weight)
@@ -114,6 +126,10 @@ class _Draft:
             ids = held.long() + entry.start
         else:
             kind = "codes" if entry.kind == "codes" else "latents"
+            if kind == "latents" and not bool(held.isfinite().all()):
+                raise ValueError(
+                    f"{entry.name}: the latents hold values that are not numbers; its tokenizer is damaged"
+                )
             self.records[kind].setdefault(entry.name, []).append((held, self.length + torch.arange(count)))
         for name, vectors in layout.inject.items():
             self.records["inject"].setdefault(name, []).append((vectors, self.length + torch.arange(count)))

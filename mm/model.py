@@ -54,7 +54,7 @@ class MultimodalModel(nn.Module):
         self.mask = nn.Embedding(len(self.modalities), width)
         """What the backbone reads where a position's content is hidden (time 1 of the masked order)."""
         self.heads = nn.ModuleDict()
-        self.code_embeddings, self.inject = nn.ModuleDict(), nn.ModuleDict()
+        self.code_embeddings, self.latent_embeddings, self.inject = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
         for number, modality in enumerate(self.modalities):
             spec = modality.tokenizer.spec
             modality.head.build(width=width, spec=spec, controls=0 if number else NAMED + SIZES)
@@ -62,9 +62,7 @@ class MultimodalModel(nn.Module):
             if spec.kind == "codes":
                 self.code_embeddings[modality.name] = nn.Embedding(spec.num_codes * spec.vocab_size, width)
             elif spec.kind == "continuous":
-                raise ValueError(
-                    f"{modality.name}: continuous tokenizers are not supported by this version of the model"
-                )
+                self.latent_embeddings[modality.name] = nn.Linear(spec.dim, width)
             for name, features in getattr(modality.order, "conditions", {}).items():
                 known = self.inject[name].features if name in self.inject else features
                 if known != features:
@@ -89,7 +87,7 @@ class MultimodalModel(nn.Module):
 
     def embed(self, stream: TokenStream) -> Float[Tensor, "T W"]:
         """What the backbone reads: the truth corrupted to each position's time."""
-        if stream.codes:
+        if stream.codes or stream.latents:
             x = F.embedding(stream.ids.clamp(min=0), self.embedding.weight) * (stream.ids >= 0)[:, None]
             for name, record in stream.codes.items():
                 table = cast(nn.Embedding, self.code_embeddings[name])
@@ -97,6 +95,9 @@ class MultimodalModel(nn.Module):
                 shifted = record.values + per_code * torch.arange(record.values.shape[1], device=record.values.device)
                 valid = (record.values >= 0)[..., None]
                 x = x.index_add(0, record.index, (table(shifted.clamp(min=0)) * valid).sum(1).to(x.dtype))
+            for name, record in stream.latents.items():
+                linear = self.latent_embeddings[name]
+                x = x.index_add(0, record.index, linear(record.values.to(linear.weight.dtype)).to(x.dtype))
         else:
             x = self.embedding(stream.ids)
         if bool((stream.time > 0).any()):
@@ -148,16 +149,18 @@ class MultimodalModel(nn.Module):
     def untouched(self) -> Float[Tensor, ""]:
         """0, with a gradient of zeros for every parameter that a batch may have no use for (heads, mask vectors,
         conditions). Ranks of a data-parallel run add it, for they wait for each other's gradients of all parameters."""
-        parts = (self.embedding, self.mask, self.heads, self.code_embeddings, self.inject)
+        parts = (
+            self.embedding, self.mask, self.heads, self.code_embeddings, self.latent_embeddings, self.inject,
+        )  # fmt: skip
         parameters = [p for part in parts for p in part.parameters() if p.requires_grad]
         return torch.stack([0.0 * p[(0,) * p.ndim] for p in parameters]).sum() if parameters else torch.zeros(())
 
     def truth(self, stream: TokenStream, number: int, places: Int[Tensor, " n"]) -> Tensor:
-        """Content at the given positions as the modality's head wants it: local ids, or sub-codes."""
+        """Content at the given positions as the modality's head wants it: local ids, sub-codes, or vectors."""
         entry = self.vocabulary.entries[number]
         if entry.kind == "discrete":
             return stream.ids[places] - entry.start
-        record = stream.codes[entry.name]
+        record = (stream.codes if entry.kind == "codes" else stream.latents)[entry.name]
         where = torch.full((len(stream),), -1, device=stream.device)
         where[record.index] = torch.arange(len(record.index), device=stream.device)
         return record.values[where[places]]

@@ -19,6 +19,11 @@ from mm.stream import Placed
 if TYPE_CHECKING:
     from mm.generation import Request
     from mm.model import MultimodalModel
+    from mm.vocabulary import Entry
+
+
+Records = dict[tuple[str, str], tuple[Tensor, Tensor]]
+"""(kind of record, name) → values, and the places among a feed's positions where they stand."""
 
 
 @dataclass(kw_only=True)
@@ -33,8 +38,7 @@ class Feed:
     position: list[tuple[float, float, float]]
     copy: list[int] | None = None
     time: Tensor | None = None
-    inject: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    """Vectors and the places among this feed's positions where they stand."""
+    records: Records = field(default_factory=dict)
     keep: bool = True
     read: str | Tensor | None = None
     """Hidden states the row samples from: `"last"`, indices, or none."""
@@ -43,8 +47,8 @@ class Feed:
 
     @property
     def plain(self) -> bool:
-        """One position to be kept, and nothing beside its token."""
-        return len(self.ids) == 1 and self.keep and not self.inject and self.copy is None and self.time is None
+        """One clean position to be kept."""
+        return len(self.ids) == 1 and self.keep and self.copy is None and self.time is None
 
     def slot(self, rows: int) -> int:
         """Row of the cache: twins stand behind all rows."""
@@ -65,7 +69,13 @@ class Track:
         self.ids: list[int] = []
         self.orders: list[int] = []
         self.position: list[tuple[float, float, float]] = []
-        self.inject: dict[str, tuple[list[Tensor], list[int]]] = {}
+        self.records: dict[tuple[str, str], tuple[list[Tensor], list[int]]] = {}
+
+    def record(self, kind: str, name: str, value: Tensor, place: int) -> None:
+        """A value of one position that waits to be fed."""
+        values, places = self.records.setdefault((kind, name), ([], []))
+        values.append(value)
+        places.append(place)
 
     def controls(self, ids: Sequence[int]) -> None:
         for token in ids:
@@ -73,10 +83,13 @@ class Track:
             self.order += 1
             self.cursor += 1.0
 
-    def element(self, number: int, token: int, offset: int, coordinate: Sequence[float]) -> None:
+    def element(self, entry: Entry, number: int, token: Tensor, offset: int, coordinate: Sequence[float]) -> None:
         """One element of an open item; `order` and `cursor` stay at the item's beginning until `leave`."""
         c = self.cursor
-        self._push(number, token, self.order + offset, (c + coordinate[0], c + coordinate[1], c + coordinate[2]))
+        if entry.kind == "continuous":
+            self.record("latents", entry.name, token, len(self.ids))
+        place = (c + coordinate[0], c + coordinate[1], c + coordinate[2])
+        self._push(number, global_id(entry, token), self.order + offset, place)
 
     def leave(self, orders: int, extent: float) -> None:
         self.order += orders
@@ -97,7 +110,7 @@ class Track:
             ids=self.ids,
             order=self.orders,
             position=self.position,
-            inject={n: (torch.stack(v), torch.tensor(i)) for n, (v, i) in self.inject.items()},
+            records={key: (torch.stack(v), torch.tensor(i)) for key, (v, i) in self.records.items()},
             read=read,
             reset=self.twin and self.fresh,
         )
@@ -105,10 +118,16 @@ class Track:
         self._clear()
         return feed
 
-    def scratch(self, number: int, ids: list[int], layout: Layout, read: Tensor) -> Feed:
+    def scratch(self, entry: Entry, number: int, content: Tensor, layout: Layout, read: Tensor) -> Feed:
         """Positions of an item under way, evaluated and not kept."""
-        count = len(ids)
+        held, count = content[layout.element], len(layout.element)
         places = torch.arange(count)
+        records: Records = {("inject", name): (vectors, places) for name, vectors in layout.inject.items()}
+        if entry.kind == "continuous":
+            records["latents", entry.name] = (held, places)
+            ids = [-1] * count
+        else:
+            ids = (held + entry.start).tolist()
         return Feed(
             row=self.row,
             twin=self.twin,
@@ -118,7 +137,7 @@ class Track:
             copy=layout.copy.tolist(),
             position=(layout.position + self.cursor).tolist(),
             time=layout.time,
-            inject={name: (vectors, places) for name, vectors in layout.inject.items()},
+            records=records,
             keep=False,
             read=read,
         )
@@ -168,14 +187,21 @@ class Row:
         entry = self.vocabulary[name]
         if entry is self.vocabulary.host:
             raise ValueError(f"{name} is written as text, not opened as an item; leave it out of `items`")
-        if entry.kind != "discrete":
-            raise ValueError(f"this engine does not generate {entry.kind} items yet, got {name}")
+        if entry.kind == "codes":
+            raise ValueError(f"this engine does not generate items of sub-codes yet, got {name}")
         self.vocabulary.opening(name, grid)
 
     def _check_known(self, content: Tensor) -> None:
         if not self.forced:
             raise ValueError("`known` gives elements of the first of `items`, but `items` is empty; name item and grid")
         entry = self.vocabulary[self.forced[0][0]]
+        if entry.kind == "continuous":
+            dim = self.model.modalities[self.vocabulary.index[entry.name]].tokenizer.spec.dim
+            if content.ndim != 2 or content.shape[1] != dim or not bool(content.isfinite().all()):
+                raise ValueError(
+                    f"`known` has shape {tuple(content.shape)}; {entry.name} needs finite vectors of width {dim}"
+                )
+            return
         low, high = (int(x) for x in content.aminmax()) if len(content) else (0, 0)
         if low < 0 or high >= entry.size:
             raise ValueError(f"`known` holds ids {low}..{high}; those of {entry.name} are 0..{entry.size - 1}")
@@ -187,14 +213,15 @@ class Row:
             raise ValueError(
                 f"the prompt takes {len(stream)} positions, but the context holds {self.model.context}; shorten the prompt"
             )
-        if stream.codes or stream.latents:
-            raise ValueError("prompts with sub-codes or latents are not supported by this engine yet")
+        if stream.codes:
+            raise ValueError("prompts with sub-codes are not supported by this engine yet")
         track = self.main
         track.modality, track.ids = stream.modality.tolist(), stream.ids.tolist()
         track.orders = stream.order.tolist()
         track.position = [(a, b, c) for a, b, c in stream.position.tolist()]
-        for name, record in stream.inject.items():
-            track.inject[name] = (list(record.values), record.index.tolist())
+        for kind in ("latents", "inject"):
+            for name, record in getattr(stream, kind).items():
+                track.records[kind, name] = (list(record.values), record.index.tolist())
         track.length = len(stream)
         track.order, track.cursor = max(track.orders) + 1, float(stream.position.max()) + 1.0
 
@@ -243,13 +270,17 @@ class Row:
             self._advance()
             return
         if self.proposal.autoregressive:
-            for token in self.session.content().tolist():
+            for token in self.session.content():
                 self._feed_element(token)
 
-    def _feed_element(self, token: int) -> None:
-        start = self.vocabulary.entries[self.item].start
+    @property
+    def entry(self) -> Entry:
+        """The vocabulary's entry of the open item."""
+        return self.vocabulary.entries[self.item]
+
+    def _feed_element(self, token: Tensor) -> None:
         for track in self._tracks():
-            track.element(self.item, start + token, self.fed, self.places[self.fed])
+            track.element(self.entry, self.item, token, self.fed, self.places[self.fed])
         self.fed += 1
 
     def _close(self) -> None:
@@ -257,20 +288,23 @@ class Row:
         assert self.session is not None
         modality, content = self.model.modalities[self.item], self.session.content()
         self.twin = None
-        encoded = Encoded(grid=self.grid, ids=content, micro=getattr(modality.order, "micro", ()))
+        micro = getattr(modality.order, "micro", ())
+        if self.entry.kind == "continuous":
+            encoded = Encoded(grid=self.grid, latents=content, micro=micro)
+        else:
+            encoded = Encoded(grid=self.grid, ids=content, micro=micro)
         self.segments.append(Segment(modality.name, encoded))
         orders = self.fed
         if not self.fed:
             layout = modality.order.layout(encoded, context=True, rng=self.generator)
+            first = len(self.main.ids)
             for token, offset, place in zip(
-                content[layout.element].tolist(), layout.order.tolist(), layout.position.tolist(), strict=True
+                content[layout.element], layout.order.tolist(), layout.position.tolist(), strict=True
             ):
-                self.main.element(self.item, self.vocabulary.entries[self.item].start + token, offset, place)
-            first = len(self.main.ids) - len(layout.element)
+                self.main.element(self.entry, self.item, token, offset, place)
             for name, vectors in layout.inject.items():
-                values, index = self.main.inject.setdefault(name, ([], []))
-                values.extend(vectors)
-                index.extend(range(first, len(self.main.ids)))
+                for place, vector in enumerate(vectors, first):
+                    self.main.record("inject", name, vector, place)
             orders = int(layout.order.max()) + 1
         self.main.leave(orders, max(max(place) for place in self.places) + 1.0)
         self.main.controls([self.vocabulary.end(modality.name)])
@@ -308,9 +342,10 @@ class Row:
             return [track.flush(None) for track in self._tracks()]
         layout, content = proposal.layout, proposal.content
         assert layout is not None and content is not None
-        ids = (content[layout.element] + self.vocabulary.entries[self.item].start).tolist()
+        if self.entry.kind == "continuous" and content.ndim == 1:  # nothing is known yet, not even how wide it is
+            content = torch.zeros(len(content), self.model.modalities[self.item].tokenizer.spec.dim)
         read = (layout.target >= 0).nonzero()[:, 0]
-        return [track.scratch(self.item, ids, layout, read) for track in self._tracks()]
+        return [track.scratch(self.entry, self.item, content, layout, read) for track in self._tracks()]
 
     def sampling(self, head: int) -> Sampling:
         return self._sampling(self.model.modalities[head].name)
@@ -328,7 +363,7 @@ class Row:
         return None
 
     def _openable_names(self) -> list[str]:
-        return [entry.name for entry in self.vocabulary.entries[1:] if entry.max_grid and entry.kind == "discrete"]
+        return [entry.name for entry in self.vocabulary.entries[1:] if entry.max_grid and entry.kind != "codes"]
 
     def accept(self, tokens: Tensor, log_prob: Tensor | None) -> None:
         """What the head drew for this row."""
@@ -344,7 +379,7 @@ class Row:
             session, name = self.session, self.vocabulary.entries[self.item].name
             session.accept(tokens, log_prob)
             if self.proposal is not None and self.proposal.autoregressive:
-                self._feed_element(int(tokens[0]))
+                self._feed_element(tokens[0])
             self._advance()
             done = self.proposal.done if self.session is session and self.proposal is not None else 1.0
             self.news = (name, session.content, done)
@@ -371,15 +406,23 @@ class Row:
         (name, content, done), self.news = self.news, None
         return name, content(), done
 
-    @staticmethod
-    def gather_inject(feeds: Sequence[Feed], lengths: Sequence[int]) -> dict[str, Placed]:
-        """Injected vectors of all feeds of a pass, at their places in the packed stream."""
-        gathered: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
-        base = 0
-        for feed, length in zip(feeds, lengths, strict=True):
-            for name, (vectors, index) in feed.inject.items():
-                values, places = gathered.setdefault(name, ([], []))
-                values.append(vectors)
-                places.append(index + base)
-            base += length
-        return {n: Placed(values=torch.cat(v), index=torch.cat(i)) for n, (v, i) in gathered.items()}
+
+def global_id(entry: Entry, token: Tensor) -> int:
+    """The vocabulary's id of an element; −1 where its content is a vector."""
+    return -1 if entry.kind == "continuous" else entry.start + int(token)
+
+
+def gather_records(feeds: Sequence[Feed], lengths: Sequence[int]) -> dict[str, dict[str, Placed]]:
+    """Records of all feeds of a pass, by kind and name, at their places in the packed stream."""
+    gathered: dict[tuple[str, str], tuple[list[Tensor], list[Tensor]]] = {}
+    base = 0
+    for feed, length in zip(feeds, lengths, strict=True):
+        for key, (vectors, index) in feed.records.items():
+            values, places = gathered.setdefault(key, ([], []))
+            values.append(vectors)
+            places.append(index + base)
+        base += length
+    out: dict[str, dict[str, Placed]] = {}
+    for (kind, name), (values, places) in gathered.items():
+        out.setdefault(kind, {})[name] = Placed(values=torch.cat(values), index=torch.cat(places))
+    return out

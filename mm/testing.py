@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,10 +11,15 @@ from jaxtyping import Bool
 from PIL import Image
 from torch import Tensor
 
+from mm.attention import Packed
 from mm.backbone import BackboneConfig
-from mm.interfaces import Decoded, Encoded, Modality, ModalityTokenizer, Order, Spec
+from mm.cache import Chunk, KVCache
+from mm.generation import Engine, Request, assemble
+from mm.interfaces import Decoded, Encoded, Head, Modality, ModalityTokenizer, Order, Spec
+from mm.layout import Segment
 from mm.model import MultimodalModel
-from mm.stream import TokenStream
+from mm.rows import Feed
+from mm.stream import TokenStream, pack
 
 
 class Palette(ModalityTokenizer):
@@ -80,9 +86,16 @@ def rule(stream: TokenStream) -> Bool[Tensor, "T T"]:
 
 
 def tiny(
-    order: Order | None = None, *, seed: int = 0, side: int = 4, context: int = 256, **backbone: Any
+    order: Order | None = None,
+    *,
+    seed: int = 0,
+    side: int = 4,
+    context: int = 256,
+    tokenizer: ModalityTokenizer | None = None,
+    head: Head | None = None,
+    **backbone: Any,
 ) -> MultimodalModel:
-    """A random model of text and palette pictures, a few thousand weights."""
+    """A random model of text and pictures (by default of a palette, with a language-model head), a few thousand weights."""
     from mm.plugins import load
 
     torch.manual_seed(seed)
@@ -90,10 +103,38 @@ def tiny(
     config = BackboneConfig(**{"width": 32, "layers": 2, "heads": 4, "kv_heads": 2, **backbone})
     modalities = [
         Modality(name="text", tokenizer=load("tokenizers", "text_bytes")(), head=lm(), order=raster()),
-        Modality(name="image", tokenizer=Palette(side), head=lm(), order=order or raster()),
+        Modality(name="image", tokenizer=tokenizer or Palette(side), head=head or lm(), order=order or raster()),
     ]
     model = MultimodalModel(config, modalities, context=context)
     for parameter in model.parameters():  # zero-initialised layers would hide mistakes
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.2)
     return model.eval()
+
+
+class Uncached(Engine):
+    """Evaluates every row's whole past again in every pass, packed, without a cache."""
+
+    def _run(self, requests: Sequence[Request], on_step: Any) -> list[list[Segment]]:
+        self.past: dict[int, list[TokenStream]] = {}
+        return super()._run(requests, on_step)
+
+    def _forward(self, feeds: list[Feed], cache: KVCache, count: int, *_: Any) -> Tensor:
+        documents = []
+        for feed in feeds:
+            slot = feed.slot(count)
+            if feed.reset:
+                self.past.pop(slot, None)
+            now = replace(
+                assemble([feed], self.model.device),
+                order=torch.tensor(feed.order),
+                copy=torch.tensor(feed.copy or [0] * len(feed.order)),
+            )
+            documents.append([*self.past.get(slot, []), now])
+            if feed.keep:
+                self.past[slot] = documents[-1]
+        cache.commit([Chunk(feed.slot(count), feed.order, feed.copy, feed.keep) for feed in feeds])
+        whole = [pack(parts) for parts in documents]
+        stream = pack([replace(one, document=torch.zeros_like(one.document)) for one in whole])
+        hidden = self.model(stream, Packed(stream)).split(stream.lengths)
+        return torch.cat([h[-len(feed.order) :] for h, feed in zip(hidden, feeds, strict=True)])

@@ -10,10 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mm.attention import Packed
 from mm.backbone import BackboneConfig
-from mm.cache import Chunk, KVCache
-from mm.generation import Engine, Event, Request, assemble
+from mm.generation import Engine, Event, Request
 from mm.heads.lm import LMHead
 from mm.interfaces import Draw, Encoded, Modality, Order, Sampling
 from mm.layout import Segment
@@ -21,8 +19,7 @@ from mm.model import MultimodalModel
 from mm.orders.masked import Masked
 from mm.orders.raster import Raster
 from mm.rows import Feed
-from mm.stream import TokenStream, pack
-from mm.testing import Palette, tiny
+from mm.testing import Palette, Uncached, tiny
 from mm.tokenizers.text_bytes import TextBytes
 
 Result = list[list[tuple[str, tuple[int, ...], list[int]]]]
@@ -35,34 +32,6 @@ def text(words: str) -> Segment:
 
 def flat(made: list[list[Segment]]) -> Result:
     return [[(s.modality, s.content.grid, s.content.ids.tolist()) for s in row] for row in made]
-
-
-class Uncached(Engine):
-    """Evaluates every row's whole past again in every pass, packed, without a cache."""
-
-    def _run(self, requests: Sequence[Request], on_step: Any) -> list[list[Segment]]:
-        self.past: dict[int, list[TokenStream]] = {}
-        return super()._run(requests, on_step)
-
-    def _forward(self, feeds: list[Feed], cache: KVCache, count: int, *_: Any) -> Tensor:
-        documents = []
-        for feed in feeds:
-            slot = feed.slot(count)
-            if feed.reset:
-                self.past.pop(slot, None)
-            now = replace(
-                assemble([feed], self.model.device),
-                order=torch.tensor(feed.order),
-                copy=torch.tensor(feed.copy or [0] * len(feed.order)),
-            )
-            documents.append([*self.past.get(slot, []), now])
-            if feed.keep:
-                self.past[slot] = documents[-1]
-        cache.commit([Chunk(feed.slot(count), feed.order, feed.copy, feed.keep) for feed in feeds])
-        whole = [pack(parts) for parts in documents]
-        stream = pack([replace(one, document=torch.zeros_like(one.document)) for one in whole])
-        hidden = self.model(stream, Packed(stream)).split(stream.lengths)
-        return torch.cat([h[-len(feed.order) :] for h, feed in zip(hidden, feeds, strict=True)])
 
 
 def mixed(guidance: float = 1.0) -> list[Request]:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from mm.generation import Event
     from mm.pipelines.base import Pipeline
 
-SAMPLING = ("guidance", "steps", "temperature", "top_p", "top_k")
+SAMPLING = ("guidance", "steps", "denoising_steps", "temperature", "top_p", "top_k")
 
 
 def arguments(argv: list[str]) -> Namespace:
@@ -35,6 +35,9 @@ def arguments(argv: list[str]) -> Namespace:
     add("--seed", type=int, metavar="S", help="the same seed gives the same result")
     add("--guidance", type=float, metavar="G", help="strength of the prompt, 1 = off; default: the checkpoint's")
     add("--steps", type=int, metavar="K", help="refinement steps of orders that have them; default: the checkpoint's")
+    add(
+        "--denoising-steps", type=int, metavar="K", help="evaluations of a diffusion head a vector; default: the head's"
+    )
     add("--temperature", type=float, metavar="T", help="0 = always the likeliest; default: the checkpoint's")
     add("--top-p", type=float, metavar="P", help="smallest set of tokens that has this probability")
     add("--top-k", type=int, metavar="K", help="only the K likeliest tokens")

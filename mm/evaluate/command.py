@@ -55,7 +55,14 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--emoji-prompt", default=default.emoji_prompt, metavar="FORMAT", help="(%(default)s)")
     out.add_argument("--digit-prompt", default=default.digit_prompt, metavar="FORMAT", help="(%(default)s)")
     out.add_argument("--threads", type=int, default=1, help="of torch (%(default)s); more change the last digits")
-    for name, kind in (("guidance", float), ("temperature", float), ("top-p", float), ("top-k", int), ("steps", int)):
+    for name, kind in (
+        ("guidance", float),
+        ("temperature", float),
+        ("top-p", float),
+        ("top-k", int),
+        ("steps", int),
+        ("denoising-steps", int),
+    ):
         out.add_argument(f"--{name}", type=kind, help="of pictures, instead of what the checkpoint recommends")
     return out
 
@@ -91,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         emoji_prompt=options.emoji_prompt,
         digit_prompt=options.digit_prompt,
     )
-    settings = ("guidance", "temperature", "top_p", "top_k", "steps")
+    settings = ("guidance", "temperature", "top_p", "top_k", "steps", "denoising_steps")
     sampling = {name: getattr(options, name) for name in settings if getattr(options, name) is not None}
     sources = {kind: open_source(kind, paths) for kind, paths in given.items()}
     started = time.perf_counter()

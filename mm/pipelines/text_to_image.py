@@ -7,7 +7,7 @@ from typing import Unpack
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool
 from PIL import Image
 from torch import Tensor
 
@@ -115,12 +115,14 @@ class TextToImagePipeline(Pipeline):
         """RGB pictures."""
         return self.decode_items(self.picture, tokens)
 
-    def preview(self, content: Int[Tensor, " n"], grid: tuple[int, int] | None = None) -> Image.Image:
+    def preview(self, content: Tensor, grid: tuple[int, int] | None = None) -> Image.Image:
         """A picture of what an event of the callback holds: elements that aren't generated yet are 0."""
         rows, columns = grid or self._grid
-        ids = torch.zeros(rows * columns, dtype=torch.int64)
-        ids[: len(content)] = content[: len(ids)]
-        return self.decode([Encoded(grid=(rows, columns), ids=ids)])[0]
+        whole = torch.zeros((rows * columns, *content.shape[1:]), dtype=content.dtype)
+        whole[: len(content)] = content[: len(whole)]
+        if content.is_floating_point():
+            return self.decode([Encoded(grid=(rows, columns), latents=whole)])[0]
+        return self.decode([Encoded(grid=(rows, columns), ids=whole)])[0]
 
     def known(self, image: Picture, mask: Picture) -> tuple[Tensor, Bool[Tensor, " N"]]:
         """Tokens of a picture and which of them are kept: those under which no pixel of the mask is bright.
