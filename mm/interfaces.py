@@ -7,9 +7,12 @@ Letters in shapes: N content elements of one item, K sub-codes, D latent width, 
 from __future__ import annotations
 
 import abc
+import contextlib
 import inspect
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any, Literal
 
 import torch
@@ -17,6 +20,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 Kind = Literal["discrete", "codes", "continuous"]
+
+MAX_GUIDANCE = 1_000_000
+"""Beyond, logits leave the range of float32, and the weights would be blamed for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,10 +189,25 @@ class Sampling:
     """Fraction of the item within which guidance applies (LlamaGen's cfg_interval)."""
 
     def __post_init__(self) -> None:
+        for name in ("top_k", "steps", "denoising_steps"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Integral):
+                raise ValueError(f"{name} must be a whole number, got {value!r:.60}")
+            object.__setattr__(self, name, int(value))  # numpy's own types can't be saved
+        for name in ("temperature", "top_p", "guidance"):
+            object.__setattr__(self, name, _finite(name, getattr(self, name)))
+        if self.guidance_schedule not in ("constant", "ramp"):
+            raise ValueError(f"guidance_schedule must be constant or ramp, got {self.guidance_schedule!r:.60}")
+        interval = self.guidance_interval
+        if not isinstance(interval, list | tuple) or len(interval) != 2:
+            raise ValueError(f"guidance_interval must be two numbers, from and to, got {interval!r:.60}")
+        object.__setattr__(self, "guidance_interval", tuple(_finite("guidance_interval", x) for x in interval))
         if self.temperature < 0:
             raise ValueError(f"temperature must be >= 0, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        if abs(self.guidance) > MAX_GUIDANCE:
+            raise ValueError(f"guidance must be within ±{MAX_GUIDANCE:,}, got {self.guidance}")
         if min(self.top_k, self.steps, self.denoising_steps) < 0:
             raise ValueError(
                 f"top_k, steps and denoising_steps must be >= 0 (0 = off / default), got {self.top_k}, {self.steps} and "
@@ -204,6 +225,14 @@ class Sampling:
         if self.guidance_schedule == "ramp":
             return 1.0 + (self.guidance - 1.0) * done
         return self.guidance
+
+
+def _finite(name: str, value: Any) -> float:
+    if isinstance(value, Real) and not isinstance(value, bool):
+        with contextlib.suppress(OverflowError):  # whole numbers may lie beyond every float
+            if math.isfinite(number := float(value)):
+                return number
+    raise ValueError(f"{name} must be a finite number, got {value!r:.60}")
 
 
 class Order(Configured, abc.ABC):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -292,6 +293,41 @@ def test_the_unconditional_branch_runs_only_when_asked_for(monkeypatch: pytest.M
     assert not any(twins)
     Engine(model).generate(mixed(2.0)[:4])
     assert max(twins) == 2
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"temperature": float("nan")}, "temperature must be a finite number, got nan"),
+        ({"temperature": float("inf")}, "temperature must be a finite number, got inf"),
+        ({"temperature": None}, "temperature must be a finite number, got None"),
+        ({"temperature": 10**400}, "temperature must be a finite number"),
+        ({"top_p": float("nan")}, "top_p must be a finite number, got nan"),
+        ({"top_p": True}, "top_p must be a finite number, got True"),
+        ({"guidance": float("nan")}, "guidance must be a finite number, got nan"),
+        ({"guidance": float("-inf")}, "guidance must be a finite number, got -inf"),
+        ({"guidance": "x"}, "guidance must be a finite number, got 'x'"),
+        ({"guidance": 1e39}, "guidance must be within ±1,000,000"),
+        ({"guidance_schedule": "wrong"}, "guidance_schedule must be constant or ramp, got 'wrong'"),
+        ({"guidance_schedule": ["ramp"]}, "guidance_schedule must be constant or ramp"),
+        ({"guidance_interval": None}, "guidance_interval must be two numbers, from and to, got None"),
+        ({"guidance_interval": (0.0, 0.5, 1.0)}, "guidance_interval must be two numbers"),
+        ({"guidance_interval": (0.0, "1")}, "guidance_interval must be a finite number, got '1'"),
+        ({"top_k": 1.5}, "top_k must be a whole number, got 1.5"),
+        ({"top_k": True}, "top_k must be a whole number, got True"),
+        ({"steps": "many"}, "steps must be a whole number, got 'many'"),
+        ({"denoising_steps": None}, "denoising_steps must be a whole number, got None"),
+    ],
+)
+def test_sampling_of_wrong_types_or_without_bounds_is_refused(wrong: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Sampling(**wrong)
+
+
+def test_sampling_takes_numbers_of_numpy() -> None:
+    given = Sampling(top_k=np.int64(3), guidance=np.float32(2), temperature=1, guidance_interval=[0, 1])  # type: ignore[arg-type]
+    assert given == Sampling(top_k=3, guidance=2.0) and hash(given) == hash(Sampling(top_k=3, guidance=2.0))
+    assert type(given.top_k) is int and type(given.guidance) is float
 
 
 def test_guidance_moves_towards_the_condition() -> None:
