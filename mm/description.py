@@ -26,6 +26,7 @@ FORMAT, VERSION = "mm.model", 1
 CONFIG = "model.json"
 CONTRACTS = {"tokenizers": "ModalityTokenizer", "heads": "Head", "orders": "Order"}
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,63}")
+LEAST_SIZE, MAX_LAYERS, MAX_SIZE = {"layers": 1, "heads": 1, "width": 1}, 4096, 1 << 20
 MAX_INTEGER, MAX_STRING, MAX_ITEMS, MAX_DEPTH = 1 << 24, 4096, 4096, 6
 
 
@@ -119,9 +120,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     backbone, settings = config["backbone"], {f.name: kinds[str(f.type)] for f in dataclasses.fields(BackboneConfig)}
     check.types(backbone, "the backbone", settings)
     check.names(backbone, "the backbone", set(settings))
-    sizes = [value for value in backbone.values() if isinstance(value, int)]
-    if min(sizes) < 0 or max(sizes) > 1 << 20 or not 0 < backbone["layers"] <= 4096 or not backbone["heads"]:
-        raise ValueError(f"{str(file)!r} describes a backbone of impossible size: {_short(backbone)}")
+    for name, size in ((name, backbone[name]) for name, kind in settings.items() if kind is int):
+        least, most = LEAST_SIZE.get(name, 0), MAX_LAYERS if name == "layers" else MAX_SIZE
+        if not least <= size <= most:
+            raise ValueError(
+                f"{str(file)!r} describes a backbone of impossible size: {name} is {_short(size)}, expected {least} to "
+                f"{most:,}"
+            )
     if not 0 < len(config["modalities"]) <= 30:
         raise ValueError(f"{str(file)!r} has {len(config['modalities'])} modalities; expected 1 to 30")
     parts = {"tokenizer": dict, "head": dict, "order": dict}

@@ -48,6 +48,11 @@ def test_a_checkpoint_gives_the_same_model(saved: Path) -> None:
     assert sorted(p.name for p in saved.iterdir()) == ["README.md", "model.json", "model.safetensors"]
 
 
+def test_a_whole_number_may_stand_for_another(tmp_path: Path) -> None:
+    folder = hub.save_pretrained(tiny(rope_theta=10_000_000), tmp_path / "m")
+    assert hub.load_pretrained(folder).backbone.config.rope_theta == 10_000_000
+
+
 def test_conditions_come_back(tmp_path: Path) -> None:
     folder = hub.save_pretrained(tiny(Masked(rate_condition=True, micro=(1.0, 2.0))), tmp_path / "m")
     assert generate(hub.load_pretrained(folder)) == generate(tiny(Masked(rate_condition=True, micro=(1.0, 2.0))))
@@ -153,7 +158,8 @@ def set_tokenizer(**values: object):  # type: ignore[no-untyped-def]
         (lambda c: c.update(modalities=c["modalities"][:1] * 2), "two modalities share the name 'text'"),
         (lambda c: c["backbone"].update(width=10**9), "impossible size"),
         (lambda c: c["backbone"].update(layers=10**6), "impossible size"),
-        (lambda c: c["backbone"].update(heads=0), "impossible size"),
+        (lambda c: c["backbone"].update(heads=0), "impossible size: heads is 0, expected 1 to 1,048,576"),
+        (lambda c: c["backbone"].update(hidden=-1), "impossible size: hidden is -1, expected 0 to"),
         (lambda c: c["backbone"].update(width=1 << 20), "far more memory than its weights file holds"),
         (lambda c: c["backbone"].update(layers=4096, hidden=1 << 12), "far more memory than its weights file holds"),
         (lambda c: c["backbone"].update(layers=3), "lacks backbone.blocks.2"),
