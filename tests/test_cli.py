@@ -210,6 +210,18 @@ def test_tokenize_a_text(here: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "is not UTF-8 text (byte 0)" in capsys.readouterr().err
 
 
+def test_how_much_of_a_text_came_back() -> None:
+    from mm.commands.tokenize import COMPARED, edits, lost_text
+
+    for one, two, count in (("kitten", "sitting", 3), ("", "abc", 3), ("abc", "", 3), ("flaw", "lawn", 2), ("ä", "ä", 0)):
+        assert edits(one, two) == count
+    assert lost_text("abcd", "abcd") == {"lossless": True, "characters_kept": 1.0, "characters_compared": 4}
+    assert lost_text("abcd", "abd") == {"lossless": False, "characters_kept": 0.75, "characters_compared": 4}
+    # texts of few letters: a matcher of blocks needs the cube of the length for them, and was not done after minutes
+    figures = lost_text("a b" * 10_000, "aab" * 10_000)
+    assert 0.66 < figures["characters_kept"] < 0.67 and figures["characters_compared"] == COMPARED
+
+
 def test_tokenize_with_a_saved_tokenizer(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from mm.tokenizers.image_vq import ImageVQ
 
