@@ -12,10 +12,12 @@ import importlib
 import inspect
 import math
 import re
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from mm import plugins, safe_io
 
@@ -36,6 +38,7 @@ MAX_INTEGER, MAX_STRING, MAX_ITEMS, MAX_DEPTH = 1 << 24, 4096, 4096, 6
 def describe(kind: Kind, plugin: Any, place: str) -> dict[str, Any]:
     """A plug-in as its class and its constructor's arguments. `place` names it in messages."""
     values = {name: plain(value, f"{place}: {name}") for name, value in plugin.arguments().items()}
+    check_arguments(type(plugin), values, place)  # what could not be loaded again is not saved
     return {"class_path": class_path(kind, type(plugin), place), "init_args": values}
 
 
@@ -138,10 +141,73 @@ def read_config(folder: Path) -> dict[str, Any]:
             place = f"the {part} of {entry['name']!r}"
             check.types(entry[part], place, {"class_path": str})
             check.names(entry[part], place, {"class_path", "folder" if "folder" in entry[part] else "init_args"})
-    entries = config["vocabulary"].get("modalities")
-    for entry in entries if isinstance(entries, list) else [entries]:
-        check.types(entry, "the vocabulary", {"name": str, "fingerprint": str})
+    check.types(config["vocabulary"], "the vocabulary", {"modalities": list})
+    for entry in config["vocabulary"]["modalities"]:
+        check.types(entry, "a modality of the vocabulary", {"name": str, "fingerprint": str})
+    if config.get("sampling") is not None:
+        check.types(config, "it", {"sampling": dict})
+        for name in config["sampling"]:
+            check.types(config["sampling"], "the sampling", {name: dict})
     return config
+
+
+def fits(value: Any, wanted: Any) -> bool:
+    """Whether a JSON value is what an annotation wants. Annotations that JSON has no word for fit anything."""
+    origin, inner = get_origin(wanted) or wanted, get_args(wanted)
+    if origin in (Union, UnionType):
+        settings = [one for one in inner if dataclasses.is_dataclass(one)]  # a mapping beside them is their JSON
+        return any(fits(value, one) for one in (settings if settings and isinstance(value, dict) else inner))
+    if origin is Literal:
+        return any(value == one and type(value) is type(one) for one in inner)
+    if wanted in (None, NoneType):
+        return value is None
+    if wanted is float:  # JSON reads 1e999 as infinity, and whole numbers may lie beyond every float
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    if wanted in (int, str, bool):
+        return isinstance(value, wanted) and (wanted is bool or not isinstance(value, bool))
+    if origin in (list, tuple, Sequence):
+        if not isinstance(value, list) or not inner:
+            return isinstance(value, list)
+        if origin is tuple and inner[-1] is not Ellipsis:
+            return len(value) == len(inner) and all(map(fits, value, inner))
+        return all(fits(item, inner[0]) for item in value)
+    if origin in (dict, Mapping):
+        return isinstance(value, dict)
+    if dataclasses.is_dataclass(wanted):
+        types = get_type_hints(wanted)
+        return isinstance(value, dict) and all(fits(item, types.get(name, Any)) for name, item in value.items())
+    return True
+
+
+def spelled(wanted: Any) -> str:
+    """An annotation for people."""
+    words = {int: "a whole number", float: "a finite number", bool: "true or false", str: "text", NoneType: "null"}
+    origin, inner = get_origin(wanted) or wanted, get_args(wanted)
+    if origin in (Union, UnionType):
+        return " or ".join(dict.fromkeys(map(spelled, inner)))
+    if origin is Literal:
+        return f"one of {', '.join(map(str, inner))}"
+    if origin in (list, tuple, Sequence):
+        each = ", ".join(spelled(one) for one in inner if one is not Ellipsis)
+        return f"a list of {each}" if each else "a list"
+    if dataclasses.is_dataclass(wanted):
+        return f"the fields of {getattr(wanted, '__name__', wanted)}"
+    return words.get(wanted, "an object" if origin in (dict, Mapping) else str(wanted))
+
+
+def check_arguments(cls: type, values: Mapping[str, Any], place: str) -> None:
+    """Raises `ValueError` for the first argument that isn't what the constructor's annotations want: most plug-ins
+    would take it, and fail much later."""
+    try:
+        hints = get_type_hints(cls.__init__)
+    except Exception:  # names that are imported for type checkers only
+        return
+    parameters = inspect.signature(cls.__init__).parameters
+    for name, value in values.items():
+        if name not in hints or name not in parameters or (value is None and parameters[name].default is None):
+            continue
+        if not fits(value, hints[name]):
+            raise ValueError(f"{place} has {name} {_short(value)!r}, expected {spelled(hints[name])}; correct it")
 
 
 class _Checker:
@@ -155,10 +221,9 @@ class _Checker:
             raise ValueError(f"{self.file!r}: {place} is a {type(value).__name__}, expected an object")
         for name, kind in wanted.items():
             got = value.get(name)
-            fits = isinstance(got, int | float) if kind is float else isinstance(got, kind)
-            if not fits or (isinstance(got, bool) and kind is not bool):
+            if not fits(got, kind):
                 raise ValueError(
-                    f"{self.file!r}: {name} of {place} is {_short(got)!r}, expected {kind.__name__}; "
+                    f"{self.file!r}: {_short(name)} of {place} is {_short(got)!r}, expected {kind.__name__}; "
                     "the file is damaged"
                 )
 
@@ -204,6 +269,7 @@ def construct(kind: Kind, described: Mapping[str, Any], place: str) -> Any:
         inspect.signature(cls.__init__).bind(None, **values)
     except TypeError as error:
         raise ValueError(f"{place}, {described['class_path']!r}, {error}; it is of another version") from error
+    check_arguments(cls, values, place)
     return attempt(lambda: cls(**values), place)
 
 

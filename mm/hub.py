@@ -270,14 +270,8 @@ def load_sampling(config: Mapping[str, Any]) -> dict[str, Sampling]:
     from mm.interfaces import Sampling
 
     out = {}
-    saved = config.get("sampling") or {}
-    for name, values in plain(saved, "sampling").items() if isinstance(saved, dict) else ():
-        place = f"the sampling of {name[:60]!r}"
-        if not isinstance(values, dict):
-            raise ValueError(f"{place} is a {type(values).__name__}, expected an object")
-        if isinstance(values.get("guidance_interval"), list):
-            values["guidance_interval"] = tuple(values["guidance_interval"])
-        out[name] = attempt(lambda v=values: Sampling(**v), place)  # type: ignore[misc]
+    for name, values in plain(config.get("sampling") or {}, "sampling").items():
+        out[name] = attempt(lambda v=values: Sampling(**v), f"the sampling of {name[:60]!r}")  # type: ignore[misc]
     return out
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import sys
 from pathlib import Path
 
@@ -145,6 +146,10 @@ def set_tokenizer(**values: object):  # type: ignore[no-untyped-def]
     return lambda c: c["modalities"][1].update(tokenizer=values)
 
 
+def set_order(**values: object):  # type: ignore[no-untyped-def]
+    return lambda c: c["modalities"][1]["order"]["init_args"].update(values)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -166,14 +171,28 @@ def set_tokenizer(**values: object):  # type: ignore[no-untyped-def]
         (lambda c: c["backbone"].update(width="32"), "width of the backbone is '32', expected int"),
         (lambda c: c["backbone"].update(exec="x"), "the backbone has unknown settings: exec"),
         (lambda c: c["modalities"][1].update(name="../x"), "a modality '../x'"),
-        (lambda c: c["vocabulary"].update(modalities=[1]), "the vocabulary is a int, expected an object"),
+        (lambda c: c["vocabulary"].update(modalities=[1]), "a modality of the vocabulary is a int, expected an"),
+        (
+            lambda c: c["vocabulary"].update(modalities={"name": "text", "fingerprint": "x"}),
+            "modalities of the vocabulary is .*, expected list",
+        ),
         (lambda c: c["vocabulary"].update(size=7), "the checkpoint's vocabulary has size 7, this one has"),
         (lambda c: c["vocabulary"]["modalities"][1].update(size=9), "has size 9"),
         (lambda c: c["vocabulary"]["modalities"][1].update(fingerprint="z"), "was trained with 'z'"),
         (lambda c: c["modalities"][1]["order"].update(class_path="mask"), "did you mean 'masked'"),
         (lambda c: c["modalities"][1]["order"].update(class_path="lm"), "no plug-in 'lm' in orders"),
         (lambda c: c["modalities"][1]["order"]["init_args"].update(power=1), "unexpected keyword argument 'power'"),
-        (lambda c: c["modalities"][1]["order"]["init_args"].update(steps="many"), "the order of 'image' can't be made"),
+        (set_order(steps="many"), "the order of 'image' has steps 'many', expected a whole number"),
+        (set_order(steps=1.5), "steps '1.5', expected a whole number"),
+        (set_order(steps=True), "steps 'True', expected a whole number"),
+        (set_order(schedule="nope"), "schedule 'nope', expected one of cosine, uniform, normal"),
+        (set_order(choice_temperature="x"), "choice_temperature 'x', expected a finite number"),
+        (set_order(choice_temperature=float("1e999")), "JSON|finite"),
+        (set_order(rate_condition=1), "rate_condition '1', expected true or false"),
+        (set_order(micro=["x"]), "micro .*, expected a list of a finite number"),
+        (set_order(micro=None), "micro 'None', expected a list"),
+        (lambda c: c["modalities"][1]["head"]["init_args"].update(z_loss="x"), "z_loss 'x', expected a finite"),
+        (lambda c: c["modalities"][1].update(weight=10**400), "weight of a modality is .*, expected float"),
         (lambda c: c["modalities"][1]["order"]["init_args"].update(steps=10**4000), "numbers|digits"),
         (lambda c: c["modalities"][1]["head"].update(folder="x"), "unknown settings: init_args"),
         (set_tokenizer(class_path="os.system", init_args={}), "is not loaded"),
@@ -183,7 +202,7 @@ def set_tokenizer(**values: object):  # type: ignore[no-untyped-def]
         (set_tokenizer(class_path="mm.tokenizers..x.Y", init_args={}), "is not loaded"),
         (set_tokenizer(class_path="mm.tokenizers.nothing.Y", init_args={}), "is not loaded"),
         (set_tokenizer(class_path="mm.testing.Palette", init_args={"side": "/etc/passwd"}), "looks like a path"),
-        (set_tokenizer(class_path="mm.testing.Palette", init_args={"side": "x"}), "fingerprint"),
+        (set_tokenizer(class_path="mm.testing.Palette", init_args={"side": "x"}), "side 'x', expected a whole"),
         (set_tokenizer(class_path="mm.testing.Palette", init_args=[1]), "init_args is a list"),
     ],
 )
@@ -199,6 +218,46 @@ def test_hostile_descriptions_are_refused(saved: Path, change, message: str) -> 
     with pytest.raises(ValueError, match=message) as caught:
         hub.load_pretrained(saved)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("field", "place"), [("norm_eps", "the backbone"), ("weight", "a modality")])
+def test_infinity_in_a_file_is_refused(saved: Path, field: str, place: str) -> None:
+    """JSON has no word for it, but readers make it of numbers that are too large."""
+    file = saved / "model.json"
+    file.write_text(re.sub(rf'"{field}": [^,]*', f'"{field}": 1e999', file.read_text(), count=1))
+    with pytest.raises(ValueError, match=f"{field} of {place} is 'inf', expected float"):
+        hub.load_pretrained(saved)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "message"),
+    [
+        ([1], "sampling of it is .*, expected dict"),
+        ("hot", "sampling of it is 'hot', expected dict"),
+        ({"image": [1]}, "image of the sampling is .*, expected dict"),
+        ({"image": {"heat": 1}}, "the sampling of 'image' can't be made: .*heat"),
+        ({"image": {"top_k": 1.5}}, "the sampling of 'image' can't be made: top_k must be a whole number"),
+        ({"image": {"guidance": None}}, "the sampling of 'image' can't be made: guidance must be a finite number"),
+        ({"image": {"guidance_interval": 1}}, "can't be made: guidance_interval must be two numbers"),
+        ({"image": {"guidance_schedule": "wrong"}}, "can't be made: guidance_schedule must be constant or ramp"),
+    ],
+)
+def test_sampling_of_wrong_types_is_refused(saved: Path, sampling: object, message: str) -> None:
+    edit(saved, lambda c: c.update(sampling=sampling))
+    with pytest.raises(ValueError, match=message) as caught:
+        hub.load_sampling(hub.read_config(saved))
+    assert "\n" not in str(caught.value)
+
+
+def test_arguments_are_held_to_annotations() -> None:
+    from mm.description import check_arguments
+    from mm.heads.diffusion import DiffusionHead
+
+    for good in ({"process": {"train_steps": 10}}, {"process": None}, {"sampler": {"eta": 0}}, {"width": 3}):
+        check_arguments(DiffusionHead, good, "the head")
+    for wrong in ({"process": {"schedule": "x"}}, {"process": 1}, {"blocks": 1.5}, {"learned_variance": "no"}):
+        with pytest.raises(ValueError, match="the head has .*expected"):
+            check_arguments(DiffusionHead, wrong, "the head")
 
 
 def test_a_foreign_module_is_not_even_imported(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,8 +316,9 @@ def test_what_no_checkpoint_can_name_is_not_saved(tmp_path: Path) -> None:
     class Mine(Raster):
         pass
 
-    with pytest.raises(ValueError, match="install it as a plug-in"):
-        hub.save_pretrained(tiny(Mine()), tmp_path / "m")
+    for order, message in ((Mine(), "install it as a plug-in"), (Raster(prefix=1), "has prefix '1', expected true")):  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=message):
+            hub.save_pretrained(tiny(order), tmp_path / "m")
     assert list(tmp_path.iterdir()) == []
 
 
