@@ -211,3 +211,28 @@ def test_a_stream_without_examples_stops(tmp_path: Path) -> None:
         keys(StreamingShards(str(tmp_path / "empty.tar")))
     with pytest.raises(ValueError, match="^stream of 1 shards: the shards of lane 0 hold no examples"):
         next(iter(loader([str(tmp_path / "empty.tar")])))
+
+
+@pytest.mark.parametrize("where", ["header", "attribute block"])
+def test_a_member_of_impossible_size_ends_the_shard(shards: list[str], where: str) -> None:
+    class Counted(io.BytesIO):
+        """tarfile would skip the member in steps of 10 kB, for ever."""
+
+        reads = 0
+
+        def read(self, size: int | None = -1) -> bytes:
+            self.reads += 1
+            assert self.reads < 1000
+            return super().read(size)
+
+    info = tarfile.TarInfo("000.png")
+    if where == "header":
+        header = bytearray(info.tobuf())
+        header[124:136] = b"\x80" + b"\x7f" * 11
+        header[148:156] = b" " * 8
+        header[148:156] = b"%06o\0 " % sum(header)
+    else:
+        info.pax_headers = {"size": str(1 << 60)}
+        header = bytearray(info.tobuf(tarfile.PAX_FORMAT))
+    members = list(StreamingShards("x.tar")._members(Counted(bytes(header) + Path(shards[0]).read_bytes()), "x.tar"))
+    assert len(members) == 1 and "at most 1,125,899,906,842,624 make sense" in str(members[0]["data"])

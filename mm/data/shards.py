@@ -23,6 +23,12 @@ MAX_MEMBER_BYTES = 1 << 28
 """Largest member, picture or row that is read (256 MiB)."""
 MAX_TEXT_BYTES = 1 << 24
 """Largest caption or JSON record that is read (16 MiB)."""
+MAX_SKIPPED_BYTES = 1 << 50
+"""Largest member that a header may claim, read or not (1 PiB)."""
+COMPRESSED = (b"\x1f\x8b", b"BZ", b"\xfd7", b"(\xb5")
+"""First two bytes of gzip, bzip2, xz and zstandard files."""
+TAR_ERRORS = (tarfile.TarError, OSError, EOFError, ValueError, OverflowError)
+"""What reading the headers of a damaged tar file raises."""
 
 
 def split_name(name: str) -> tuple[str, str] | None:
@@ -126,12 +132,37 @@ class _Files:
 
 
 class BoundedInfo(tarfile.TarInfo):
-    """A tar header that refuses name and attribute blocks which would fill the memory (tarfile reads them whole)."""
+    """A tar header that refuses name and attribute blocks which would fill the memory (tarfile reads them whole), and
+    members so large that skipping them in a stream would never end."""
 
     def _proc_member(self, tar: tarfile.TarFile) -> Any:
         if not self.isreg() and not self.isdir() and self.size > 1 << 20:
             raise tarfile.ReadError(f"a header of {self.size:,} bytes")
-        return super()._proc_member(tar)  # type: ignore[misc]
+        member = super()._proc_member(tar)  # type: ignore[misc]
+        if member.size > MAX_SKIPPED_BYTES:  # after the call, since an attribute block may give the size as well
+            raise tarfile.ReadError(f"a member of {member.size:,} bytes; at most {MAX_SKIPPED_BYTES:,} make sense")
+        return member
+
+
+def tar_members(file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
+    """Members of an uncompressed tar file in file order. `file` may be moved between them.
+
+    Raises one of `TAR_ERRORS` where the file is damaged, after it has given what comes before.
+    """
+    length, position = file.seek(0, os.SEEK_END), -1
+    file.seek(0)
+    tar = tarfile.TarFile(fileobj=file, mode="r", tarinfo=BoundedInfo)
+    while (info := tar.next()) is not None:
+        tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every header
+        if info.size < 0 or info.offset <= position:
+            raise tarfile.ReadError(f"member {info.name!r} has an impossible size or place")
+        position = info.offset
+        if info.offset_data + info.size > length:
+            raise tarfile.ReadError(f"member {info.name!r} is cut off")
+        yield info
+    file.seek(tar.offset)  # tarfile takes a damaged header for the end; the real end is a block of zeros
+    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError(f"neither a header nor an end mark at byte {tar.offset}")
 
 
 class ShardSource(Source):
@@ -183,7 +214,7 @@ class ShardSource(Source):
             members.clear()
 
         with path.open("rb") as file:
-            if file.read(2) in (b"\x1f\x8b", b"BZ", b"\xfd7", b"(\xb5"):
+            if file.read(2) in COMPRESSED:
                 raise ValueError(
                     f"shard {path.name} is compressed, so it has no random access; unpack it to a plain .tar, or use "
                     "StreamingShards"
@@ -207,24 +238,9 @@ class ShardSource(Source):
 
     def _members(self, file: IO[bytes], path: Path) -> Iterator[tarfile.TarInfo | None]:
         """Members in file order. Damage ends the shard: it is counted as one broken member, and None comes last."""
-        length, position = path.stat().st_size, -1
         try:
-            file.seek(0)
-            tar = tarfile.TarFile(fileobj=file, mode="r", tarinfo=BoundedInfo)
-            while (info := tar.next()) is not None:
-                tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every header
-                if info.size < 0 or info.offset <= position:
-                    raise tarfile.ReadError(f"member {info.name!r} has an impossible size or place")
-                position = info.offset
-                if info.offset_data + info.size > length:
-                    raise tarfile.ReadError(f"member {info.name!r} is cut off")
-                yield info
-            file.seek(tar.offset)  # tarfile takes a damaged header for the end; the real end is a block of zeros
-            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise tarfile.ReadError(f"neither a header nor an end mark at byte {tar.offset}")
-        except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError) as error:
-            if isinstance(error, BrokenExample):
-                raise
+            yield from tar_members(file)
+        except TAR_ERRORS as error:
             self._bad(f"shard {path.name} is damaged, its rest is left out: {error}")
             yield None
 
