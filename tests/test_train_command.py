@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from mm.commands import train
-from mm.commands.train import SHIPPED, contents, expand, find, main, sentence
+from mm.commands.train import SHIPPED, check_readable, contents, differing, expand, find, main, sentence
 
 PALETTE = [
     "--model.init_args.modalities.tokenizer=mm.testing.Palette",
@@ -124,6 +124,55 @@ def test_a_resumed_run_repeats_the_interrupted_one(here: Path, tmp_path: Path) -
     whole, rest = losses
     assert sorted(whole) == [0, 1, 2, 3] and sorted(rest) == [2, 3]
     assert all(rest[step] == whole[step] for step in rest)
+
+
+def test_checkpoints_that_cannot_be_used(here: Path, tmp_path: Path) -> None:
+    """Of another configuration, cut short, empty, or no checkpoint: one sentence with the file's name, by both ways in."""
+    arguments = ["-c", "systems/llamagen.yaml", "-c", "debug.yaml", *PALETTE, *QUIET, "--trainer.fast_dev_run=false"]
+    arguments += ["--trainer.max_steps=1", "--trainer.limit_val_batches=0", "--trainer.logger=false"]
+    saving = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"save_last": True}}
+    arguments += [f"--trainer.callbacks={json.dumps([saving])}", f"--trainer.default_root_dir={tmp_path}"]
+    assert main(["fit", *arguments]) == 0
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    whole = last.read_bytes()
+    narrow = [*arguments, "--model.init_args.backbone.heads=1", "--model.init_args.backbone.width=16"]
+    with pytest.raises(ValueError, match=r"last\.ckpt' was made with another configuration: model\..* has shape .*; give"):
+        main(["validate", *narrow, f"--ckpt_path={last}"])
+    last.write_bytes(whole[: len(whole) // 2])
+    for value in ("last", last):
+        with pytest.raises(ValueError, match=r"last\.ckpt' is cut short or no checkpoint at all") as caught:
+            main(["fit", *arguments, f"--ckpt_path={value}"])
+        assert "weights_only" not in str(caught.value)
+
+
+def test_what_a_checkpoint_file_must_hold(tmp_path: Path) -> None:
+    file = tmp_path / "a.ckpt"
+    file.touch()
+    with pytest.raises(ValueError, match=r"a\.ckpt' is empty"):
+        check_readable(file, resume=False)
+    file.write_text("hello")
+    with pytest.raises(ValueError, match="no checkpoint at all"):
+        check_readable(file, resume=False)
+    torch.save({"state_dict": {}, "object": Path("x")}, file)
+    with pytest.raises(ValueError, match="objects that could run code") as caught:
+        check_readable(file, resume=False)
+    assert "weights_only" not in str(caught.value)
+    for state, key in (([], "state_dict"), ({"state_dict": {}}, "pytorch-lightning_version")):
+        torch.save(state, file)
+        with pytest.raises(ValueError, match=f"holds no {key}"):
+            check_readable(file, resume=False)
+    torch.save({"state_dict": {}, "pytorch-lightning_version": "2.6.6"}, file)
+    check_readable(file, resume=False)
+    with pytest.raises(ValueError, match="holds no loops, expected what training goes on from"):
+        check_readable(file, resume=True)
+
+
+def test_the_first_differing_weight_is_named() -> None:
+    one = {"a": torch.zeros(2), "b": torch.zeros(3)}
+    assert differing(one, one) == ""
+    assert differing(one, {"a": torch.zeros(2), "b": torch.zeros(4)}) == "b has shape (3,), expected (4,)"
+    assert differing({"a": one["a"]}, one) == "it has no b"
+    assert differing(one, {"a": one["a"]}) == "it has b, which the model lacks"
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,16 @@ change single keys of earlier ones; a list is replaced, or appended to with `key
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from lightning.pytorch import Trainer
+    from torch import Tensor
 
 SHIPPED = Path(__file__).resolve().parent.parent / "configs"
 MAX_FILES, MAX_BYTES = 64, 1 << 20
@@ -36,6 +44,12 @@ def main(argv: list[str]) -> int:
         def subcommands() -> dict[str, set[str]]:
             return {argv[0]: LightningCLI.subcommands()[argv[0]]}  # parsers of the others would take a second
 
+        def _parse_ckpt_path(self) -> None:
+            given = self.config[argv[0]].get("ckpt_path")
+            if given and Path(given).is_file():  # not `last` and the like, which the trainer looks up
+                check_readable(given, resume=argv[0] == "fit")
+            super()._parse_ckpt_path()
+
         def instantiate_trainer(self, **kwargs: Any) -> Trainer:
             settings = self.config_init[self.subcommand].trainer
             root = settings.default_root_dir or "."
@@ -52,6 +66,7 @@ def main(argv: list[str]) -> int:
             for callback in trainer.checkpoint_callbacks:  # a place that `--ckpt_path last` finds again
                 if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
                     callback.dirpath = str(Path(root, "checkpoints").absolute())
+            watch(trainer, resume=argv[0] == "fit")
             return trainer
 
     # strings below the fields of a dataclass become its help; reading them takes seconds
@@ -74,6 +89,72 @@ def main(argv: list[str]) -> int:
     except (ArgumentError, MisconfigurationException, ValueError) as error:
         raise ValueError(sentence(str(error))) from error
     return 0
+
+
+def watch(trainer: Trainer, resume: bool) -> None:
+    """A checkpoint that the trainer can't read, or that doesn't fit its model, is refused in a sentence.
+
+    Not by catching what `fit` raises: errors of training itself are to stay as they are.
+    """
+    strategy = trainer.strategy
+    vars(strategy)["load_checkpoint"] = partial(_load, strategy.load_checkpoint, resume)
+    vars(strategy)["load_model_state_dict"] = partial(_restore, trainer, strategy.load_model_state_dict)
+
+
+def _load(load: Callable[..., Any], resume: bool, checkpoint_path: Any, **kwargs: Any) -> Any:
+    if Path(checkpoint_path).is_file():  # neither a folder of shards nor an address
+        check_readable(checkpoint_path, resume)
+    return load(checkpoint_path, **kwargs)
+
+
+def _restore(trainer: Trainer, load: Callable[..., None], checkpoint: Mapping[str, Any], **kwargs: Any) -> None:
+    try:
+        load(checkpoint, **kwargs)
+    except RuntimeError as error:
+        difference = differing(checkpoint.get("state_dict", {}), trainer.lightning_module.state_dict())
+        if not difference:
+            raise
+        raise ValueError(
+            f"the checkpoint {str(trainer.ckpt_path)!r} was made with another configuration: {difference}; "
+            "give the config.yaml in its logs folder"
+        ) from error
+
+
+def differing(have: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> str:
+    """The first weight in which a checkpoint differs from the model, and how; empty if there is none."""
+    for name, weight in want.items():
+        if name not in have:
+            return f"it has no {name}"
+        if have[name].shape != weight.shape:
+            return f"{name} has shape {tuple(have[name].shape)}, expected {tuple(weight.shape)}"
+    return next((f"it has {name}, which the model lacks" for name in have if name not in want), "")
+
+
+def check_readable(path: str | Path, resume: bool) -> None:
+    """Raises `ValueError` for a file that is no checkpoint of Lightning, or, to `resume`, one of weights alone."""
+    import zipfile
+
+    import torch
+
+    what, advice = f"the checkpoint {str(path)!r}", "give a .ckpt file that `mm fit` wrote"
+    if Path(path).stat().st_size == 0:
+        raise ValueError(f"{what} is empty; {advice}")
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{what} is cut short or no checkpoint at all; {advice}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # mapped: what it holds isn't read
+    except OSError:
+        raise
+    except Exception as error:  # a damaged file may fail anywhere in torch's reader
+        raise ValueError(
+            f"{what} is damaged, no checkpoint, or holds objects that could run code when they are loaded; {advice}"
+        ) from error
+    needed = ["state_dict", "pytorch-lightning_version"]
+    if resume:
+        needed += ["loops", "optimizer_states", "lr_schedulers"]
+    missing = [key for key in needed if not isinstance(state, dict) or key not in state]
+    if missing:
+        raise ValueError(f"{what} holds no {missing[0]}, expected what training goes on from; {advice}")
 
 
 NOISE = re.compile(
