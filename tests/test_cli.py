@@ -79,17 +79,29 @@ def test_mistakes_are_one_sentence_and_debug_shows_where(here: Path, capsys: pyt
         (["generate", "red", "--model", "nothing"], "there is no checkpoint 'nothing'"),
         (["generate", "red", "--to", "video"], "'mm-tiny' makes text and image, not 'video'"),
         (["generate", "red", "--num", "0"], "--num must be at least 1, got 0"),
+        (["generate", "red", "--num", "1000000000"], "--num must be at most 10,000, got 1,000,000,000"),
         (["generate", "red", "--top-p", "3"], "top_p must be in (0, 1], got 3.0"),
         (["generate", "red", "--seed", "-1"], "seed must be a whole number"),
         (["generate", "red", "--threads", "0"], "--threads must be at least 1, got 0"),
+        (["generate", "red", "--threads", "100000"], "--threads must be at most"),
+        (["generate", "red", "--out", "/proc/x.png"], "can't write '/proc/x.png': in '/proc' nothing can be written"),
         (["generate", "red", "--out", "x.exe"], "unknown ending '.exe'"),
-        (["generate"], "the prompt is empty"),
+        (["generate"], "the prompt is empty; say what the picture shows\n"),
+        (
+            ["generate", "--from", "none.png", "red apple"],
+            "a prompt goes before it: mm generate 'red apple' --from FILE",
+        ),
+        (["generate", "so", "--to", "text", "--guidance", "7"], "text is generated without guidance"),
+        (["generate", "so", "--to", "text", "--temperature", "0", "--num", "2"], "temperature 0 gives equal texts"),
         (["generate", "x" * 400], "the context holds 256; shorten the prompt"),
         (["generate", "--to", "text"], "nothing to continue"),
         (["generate", "--to", "text", "--from", "none.png"], "'none.png' is missing"),
         (["generate", "red", "--mask", "m.png"], "--mask goes with --to image and one picture in --from"),
         (["fit", "-c", "none.yaml"], "there is no configuration 'none.yaml'"),
         (["tokenize", "none.png", "--tokenizer", "mm-tiny"], "'none.png' is missing"),
+        (["tokenize", "none.png", "--tokenizer", "mm-tiny", "--out", "x.txt"], "unknown ending '.txt'"),
+        (["tokenize", "none.txt", "--tokenizer", "text_bytes", "--out", "x.png"], "unknown ending '.png'"),
+        (["tokenize", "none.txt", "--tokenizer", "text_bytes", "--out", "/proc/x"], "can't write '/proc/x.txt'"),
         (["tokenize", "none.png", "--tokenizer", "text_byte"], "there is no tokenizer 'text_byte'"),
         (["tokenize", "none.png", "--tokenizer", "image_vq"], "give its folder as image_vq:FOLDER"),
         (["tokenize", "none.png", "--tokenizer", "text_bytes:x"], "has no files of its own"),
@@ -191,6 +203,9 @@ def test_tokenize_a_picture(here: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert figures["psnr_db"] == round(10 * math.log10(255**2 / (55**2 / 48)), 2)  # one of 48 values is off by 55
     assert not figures["lossless"]
     assert load_image("back.png").getpixel((0, 0)) == (255, 0, 0)
+    for out, wrote in (("nn/o", "nn/o.png"), (".", "image.png")):
+        assert run("tokenize", "p.png", "--tokenizer", "mm-tiny", "--json", "--out", out) == 0
+        assert json.loads(capsys.readouterr().out)["wrote"] == wrote and Path(wrote).is_file()
     assert run("tokenize", "back.png", "--tokenizer", "mm-tiny") == 0
     assert "lossless        True" in capsys.readouterr().out
 
@@ -202,6 +217,8 @@ def test_tokenize_a_text(here: Path, capsys: pytest.CaptureFixture[str]) -> None
         figures = json.loads(capsys.readouterr().out)
         assert figures["tokens"] == 13 and figures["bits"] == 104 and figures["lossless"]
         assert Path("back.txt").read_text(encoding="utf-8") == "grüne Äpfel"
+    assert run("tokenize", "t.txt", "--tokenizer", "text_bytes", "--json", "--out", ".") == 0
+    assert json.loads(capsys.readouterr().out)["wrote"] == "text.txt" and Path("text.txt").is_file()
     assert run("tokenize", "t.txt", "--tokenizer", "text_hf", "--json") == 0
     figures = json.loads(capsys.readouterr().out)
     assert not figures["lossless"] and 0.5 < figures["characters_kept"] < 1  # it writes small letters only
@@ -213,7 +230,13 @@ def test_tokenize_a_text(here: Path, capsys: pytest.CaptureFixture[str]) -> None
 def test_how_much_of_a_text_came_back() -> None:
     from mm.commands.tokenize import COMPARED, edits, lost_text
 
-    for one, two, count in (("kitten", "sitting", 3), ("", "abc", 3), ("abc", "", 3), ("flaw", "lawn", 2), ("ä", "ä", 0)):
+    for one, two, count in (
+        ("kitten", "sitting", 3),
+        ("", "abc", 3),
+        ("abc", "", 3),
+        ("flaw", "lawn", 2),
+        ("ä", "ä", 0),
+    ):
         assert edits(one, two) == count
     assert lost_text("abcd", "abcd") == {"lossless": True, "characters_kept": 1.0, "characters_compared": 4}
     assert lost_text("abcd", "abd") == {"lossless": False, "characters_kept": 0.75, "characters_compared": 4}

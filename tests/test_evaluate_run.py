@@ -133,3 +133,18 @@ def test_the_command_measures_a_model(
     assert (out / "emoji.png").is_file() and len(list((out / "judges").iterdir())) == 2
     assert command.main([*arguments, "--out", "", "--only", "tokenizer"]) == 0
     assert "codebook usage" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--out", "/proc/x"], "can't write into '/proc/x': in '/proc' nothing can be written"),
+        (["--out", __file__], "is not a folder"),
+        (["--threads", "0"], "--threads must be at least 1, got 0"),
+        (["--threads", "100000"], "--threads must be at most"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_the_work(more: list[str], message: str) -> None:
+    """The data is missing, too: whoever looks at it first says so."""
+    with pytest.raises(ValueError, match=message):
+        command.main(["--data", "digits:none.npz", *more])

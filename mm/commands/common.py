@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -24,11 +25,46 @@ def choose_threads(model: MultimodalModel, wanted: int | None = None) -> None:
     has woken up, and beside other programs waiting for that takes a hundred times longer."""
     import torch
 
-    if wanted is not None and wanted < 1:
-        raise ValueError(f"--threads must be at least 1, got {wanted}")
+    if wanted is not None:
+        check_threads(wanted)
     small = sum(parameter.numel() for parameter in model.parameters()) < 30_000_000
     if wanted is not None or (small and "OMP_NUM_THREADS" not in os.environ):
         torch.set_num_threads(wanted or 1)
+
+
+def check_threads(wanted: int) -> None:
+    """Raises `ValueError` for a number that is no use, or that the machine could choke on."""
+    if wanted < 1:
+        raise ValueError(f"--threads must be at least 1, got {wanted}")
+    cores = os.cpu_count() or 1
+    if wanted > 4 * cores:
+        raise ValueError(f"--threads must be at most {4 * cores} (4 times the {cores} cores), got {wanted}")
+
+
+def writable(file: Path) -> Path:
+    """The file, if it could be written; for a look before the work. Nothing is left behind.
+
+    Raises `ValueError` naming the file.
+    """
+    if file.is_dir():
+        raise ValueError(f"can't write {str(file)!r}: it is a folder; give the name of a file")
+    check_folder(file.parent, f"can't write {str(file)!r}")
+    return file
+
+
+def check_folder(folder: Path, what: str) -> None:
+    """Raises `ValueError` beginning with `what`, unless files can be written into the folder, which need not exist."""
+    import tempfile
+
+    there = folder
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    if not there.is_dir():
+        raise ValueError(f"{what}: {str(there)!r} is not a folder; give another place")
+    try:  # permissions alone don't tell: /proc and read-only media have them too
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise ValueError(f"{what}: in {str(there)!r} nothing can be written; give another place") from error
 
 
 class Bar:

@@ -9,12 +9,14 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mm.commands.common import Bar, choose_threads, parser
+from mm.commands.common import Bar, check_threads, choose_threads, parser, writable
 
 if TYPE_CHECKING:
     from mm.generation import Event
     from mm.pipelines.base import Pipeline
 
+MOST = 10_000
+"""Results of one call: they are held in memory until all are done."""
 SAMPLING = ("guidance", "steps", "denoising_steps", "temperature", "top_p", "top_k")
 
 
@@ -54,8 +56,15 @@ def main(argv: list[str]) -> int:
     from mm.pipelines.any_to_any import AnyToAnyPipeline
     from mm.pipelines.outputs import PICTURES, TEXTS, numbered
 
-    if args.out:  # an ending that can't be written is refused before the work
-        numbered(args.out, 1, "out", PICTURES if args.to == "image" else TEXTS)
+    if args.num < 1:
+        raise ValueError(f"--num must be at least 1, got {args.num}")
+    if args.num > MOST:
+        raise ValueError(f"--num must be at most {MOST:,}, got {args.num:,}; run mm generate several times")
+    if args.threads is not None:
+        check_threads(args.threads)
+    if args.out:  # what can't be written is refused before the work
+        writable(numbered(args.out, 1, "out", PICTURES if args.to == "image" else TEXTS)[0])
+    check_given(args)
     pipeline = AnyToAnyPipeline.from_pretrained(args.model, args.device)
     choose_threads(pipeline.model, args.threads)
     loaded = time.perf_counter()
@@ -63,8 +72,6 @@ def main(argv: list[str]) -> int:
     kinds = ["text", "image"] if pictures else ["text"]
     if args.to not in kinds:
         raise ValueError(f"{args.model!r} makes {' and '.join(kinds)}, not {args.to!r}")
-    if args.num < 1:
-        raise ValueError(f"--num must be at least 1, got {args.num}")
     if args.mask and (args.to != "image" or len(args.given) != 1):
         raise ValueError("--mask goes with --to image and one picture in --from")
     with Bar("generating", args.to) as bar:
@@ -84,6 +91,20 @@ def main(argv: list[str]) -> int:
         file=sys.stderr,
     )
     return 0
+
+
+def check_given(args: Namespace) -> None:
+    """Raises `ValueError` for an empty prompt where one is needed, and for a prompt that `--from` took for a picture."""
+    from mm.pipelines.outputs import PICTURES
+
+    if args.to == "image" and not args.prompt.strip() and not (args.given and not args.mask):
+        raise ValueError("the prompt is empty; say what the picture shows")
+    for name in args.given if not args.prompt else ():
+        if Path(name).suffix.lower() not in PICTURES and not Path(name).exists():
+            raise ValueError(
+                f"the picture {name!r} is missing; --from takes all that follows it, so a prompt goes before it: "
+                f"mm generate {name!r} --from FILE"
+            )
 
 
 def _options(args: Namespace) -> dict[str, Any]:
@@ -141,11 +162,16 @@ def _texts(pipeline: Pipeline, args: Namespace, progress: Any) -> Any:
     if not args.prompt:
         raise ValueError("there is nothing to continue; give a prompt, or pictures with --from")
     assert isinstance(pipeline, AnyToAnyPipeline)
+    sampling = pipeline.sampling(pipeline.text, _options(args))
+    if args.num > 1 and sampling.temperature == 0:
+        raise ValueError(f"--num {args.num} at temperature 0 gives equal texts; set --temperature above 0")
+    if sampling.guidance != 1:
+        raise ValueError(f"text is generated without guidance; leave guidance out, got {sampling.guidance}")
     out = pipeline(
         [[args.prompt]] * args.num,
         free=False,
         max_tokens=args.max_tokens,
-        sampling={pipeline.text: pipeline.sampling(pipeline.text, _options(args))},
+        sampling={pipeline.text: sampling},
         seed=args.seed,
         callback=progress,
     )

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mm.commands.common import parser, table
+from mm.commands.common import parser, table, writable
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -36,6 +36,7 @@ def main(argv: list[str]) -> int:
     command.add_argument("--json", action="store_true", help="the figures as JSON")
     args = command.parse_args(argv)
     is_text = Path(args.file).suffix.lower() in TEXT
+    out = place(args.out, is_text) if args.out else None
     tokenizer = find(args.tokenizer, is_text)
     raw = read(args.file, is_text)
     start = time.perf_counter()
@@ -55,9 +56,9 @@ def main(argv: list[str]) -> int:
     }
     measure = ("character", max(1, len(raw))) if is_text else ("pixel", decoded.value.width * decoded.value.height)
     figures[f"bits_per_{measure[0]}"] = round(figures["bits"] / measure[1], 4)
-    if args.out:
-        write(args.out, decoded.value, is_text)
-        figures["wrote"] = args.out
+    if out:
+        write(out, decoded.value, is_text)
+        figures["wrote"] = str(out)
     if args.json:
         print(json.dumps(figures))
     else:
@@ -116,14 +117,22 @@ def read(file: str, is_text: bool) -> Any:
         raise ValueError(f"{file!r} is not UTF-8 text (byte {error.start})") from error
 
 
-def write(path: str, value: Any, is_text: bool) -> None:
+def place(path: str, is_text: bool) -> Path:
+    """The file that `--out` means. Raises `ValueError` for an ending that doesn't fit, or a folder that can't be made."""
+    from mm.pipelines.outputs import PICTURES, numbered
+
+    file = numbered(path, 1, "text", TEXT)[0] if is_text else numbered(path, 1, "image", PICTURES)[0]
+    return writable(file)
+
+
+def write(path: Path, value: Any, is_text: bool) -> None:
     from mm import safe_io
-    from mm.pipelines.outputs import PICTURES, numbered, save_picture
+    from mm.pipelines.outputs import save_picture
 
     if is_text:
         safe_io.write_text(path, value)
     else:
-        save_picture(value, numbered(path, 1, "image", PICTURES)[0])
+        save_picture(value, path)
 
 
 def bits(spec: Spec, encoded: Encoded) -> float:

@@ -11,6 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mm.commands.common import check_folder, check_threads
+
 EPILOG = """\
 data is KIND:PATH[,PATH ...]:
   digits:FILE.npz                handwritten digits (images uint8[n, h, w], labels [n])
@@ -71,8 +73,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Raises `ValueError` for what the user can mend."""
     options = parser().parse_args(argv)
     given = parse_data(options.data)
-    if options.threads < 1:
-        raise ValueError(f"threads must be at least 1, got {options.threads}")
+    check_threads(options.threads)
+    if options.out:  # before hours of work
+        check_folder(Path(options.out), f"can't write into {options.out!r}")
 
     import torch
 
