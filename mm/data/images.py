@@ -1,18 +1,15 @@
 """Small picture sets held in memory as one tensor: what a picture tokenizer trains on.
 
 Reads WebDataset shards (`.tar` with `.png`, `.jpg`, `.jpeg` or `.webp` members) and `.npz` files with a field `images`
-(N, rows, columns) of uint8. Every picture is decoded once and fitted to a square on white; batches are gathered from the
-tensor, so an epoch costs no decoding at all.
+(N, rows, columns) of uint8. Files are taken to come from strangers, as in `mm.data.shards`. Every picture is decoded
+once and fitted to a square on white; batches are gathered from the tensor, so an epoch costs no decoding at all.
 
 Letters in shapes: N pictures, B batch, S side in pixels.
 """
 
 from __future__ import annotations
 
-import io
-import tarfile
 import warnings
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -26,6 +23,9 @@ from PIL import Image
 from torch import Tensor
 
 from mm import pictures
+from mm.data.shards import COMPRESSED, TAR_ERRORS, member_problem, tar_members
+from mm.data.sources import load_arrays
+from mm.media import load_image
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 MAX_MEMBER_BYTES = 16 << 20
@@ -64,7 +64,8 @@ def read_pictures(
 ) -> tuple[list[str], UInt8[Tensor, "N 3 S S"]]:
     """All pictures of one file, sorted by their key (file stem, or running number), with the keys.
 
-    Broken members are skipped with one counted warning, or raise if `strict`.
+    Broken members, and the rest of a file from where it is damaged, are skipped with one counted warning, or raise if
+    `strict`.
 
     Raises:
         ValueError: the file is missing, of another kind, holds no picture, or more than fits in memory.
@@ -89,48 +90,55 @@ def _budget(count: int, size: int, path: Path) -> None:
         raise ValueError(f"'{path}' holds more than {MAX_BYTES_IN_MEMORY >> 30} GiB of pictures of {size}×{size}")
 
 
-def _open_tar(path: Path) -> tarfile.TarFile:
-    try:
-        return tarfile.open(path)
-    except tarfile.TarError as error:
-        raise ValueError(f"'{path}' is not a tar file: {error}".splitlines()[0]) from error
-
-
 def _read_tar(path: Path, size: int, strict: bool) -> tuple[list[str], list[Tensor]]:
     found: dict[str, Tensor] = {}
     broken: list[str] = []
-    with _open_tar(path) as tar:
-        for member in tar:
-            name = PurePosixPath(member.name).name
-            stem, dot, suffix = name.partition(".")
-            if not member.isfile() or not stem or f"{dot}{suffix}".lower() not in SUFFIXES:
-                continue
-            stream = tar.extractfile(member) if member.size <= MAX_MEMBER_BYTES else None
+    with path.open("rb") as file:
+        if file.read(2) in COMPRESSED:
+            raise ValueError(f"'{path}' is compressed: unpack it to a plain .tar")
+        members, seen = tar_members(file), 0
+        while True:
             try:
-                if stream is None:
-                    raise ValueError(f"{member.size} bytes, at most {MAX_MEMBER_BYTES} are read")
-                with Image.open(io.BytesIO(stream.read())) as image:
-                    found[stem] = pictures.to_bytes(pictures.fit_square(image, size))
-            except (ValueError, OSError, Image.DecompressionBombError) as error:
+                member = next(members, None)
+            except TAR_ERRORS as error:
+                first = str(error).split("\n")[0]
+                if not seen:
+                    raise ValueError(f"'{path}' is not a tar file: {first}") from error
+                if strict:
+                    raise ValueError(f"'{path}' is damaged: {first}") from error
+                broken.append(f"the damaged rest of the file ({first})")
+                break
+            if member is None:
+                break
+            seen += 1
+            stem, dot, suffix = PurePosixPath(member.name).name.partition(".")
+            if not member.isreg() or not stem or f"{dot}{suffix}".lower() not in SUFFIXES:
+                continue
+            try:
+                if problem := member_problem(member, False, MAX_MEMBER_BYTES):
+                    raise ValueError(problem)
+                file.seek(member.offset_data)
+                picture = pictures.to_bytes(pictures.fit_square(load_image(file.read(member.size)), size))
+            except (ValueError, OSError) as error:
                 if strict:
                     raise ValueError(f"'{path}', member '{member.name}': {error}") from error
-                broken.append(member.name)
-            _budget(len(found), size, path)
+                broken.append(f"'{member.name}'")
+                continue
+            _budget(len(found) + 1, size, path)
+            found[stem] = picture
     if broken:
-        warnings.warn(f"'{path}': skipped {len(broken)} broken pictures, the first is '{broken[0]}'", stacklevel=3)
+        warnings.warn(f"'{path}': skipped {len(broken)} broken pictures, the first is {broken[0]}", stacklevel=3)
     keys = sorted(found)
     return keys, [found[key] for key in keys]
 
 
 def _read_npz(path: Path, size: int) -> tuple[list[str], list[Tensor]]:
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            images = arrays["images"]
-    except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
-        raise ValueError(f"'{path}' is not an .npz with a field 'images' ({error})") from error
+        images = load_arrays(path, ("images",), max_rows=MAX_BYTES_IN_MEMORY // (3 * size * size))["images"]
+    except ValueError as error:
+        raise ValueError(f"'{path}' is not an .npz with a field 'images' that can be read: {error}") from error
     if images.ndim != 3 or images.dtype != np.uint8 or not images.size:
         raise ValueError(f"'{path}': expected images (N, rows, columns) of uint8, got {images.dtype} {images.shape}")
-    _budget(len(images), size, path)
     rows, columns = images.shape[1:]
     keys = [f"{i:06d}" for i in range(len(images))]
     if max(rows, columns) > size:

@@ -6,7 +6,6 @@ may lead out of its folder. What can't be used is skipped with one counted warni
 
 from __future__ import annotations
 
-import io
 import math
 import os
 import zipfile
@@ -242,8 +241,11 @@ class DigitsSource(Source):
         return Image.fromarray(paper).convert("RGB")
 
 
-def load_arrays(path: Path, names: tuple[str, ...], max_bytes: int = 1 << 31) -> dict[str, Any]:
-    """Named arrays of an `.npz`, never unpickled. Sizes are checked against the headers before memory is taken.
+def load_arrays(
+    path: Path, names: tuple[str, ...], max_bytes: int = 1 << 31, max_rows: int | None = None
+) -> dict[str, Any]:
+    """Named arrays of an `.npz`, never unpickled. Sizes are checked against the headers before memory is taken:
+    `max_bytes` of each array, and `max_rows` of its first axis.
 
     Raises `ValueError` for a missing, damaged or oversized file or a missing array.
     """
@@ -262,14 +264,19 @@ def load_arrays(path: Path, names: tuple[str, ...], max_bytes: int = 1 << 31) ->
                 if sizes[member] > max_bytes:
                     raise ValueError(f"array {name!r} has {sizes[member]:,} bytes; at most {max_bytes:,} are read")
                 with archive.open(member) as file:
-                    data = file.read(sizes[member] + 1)
-                buffer = io.BytesIO(data)
-                version = np.lib.format.read_magic(buffer)
-                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-                shape, _, dtype = read(buffer)
-                if dtype.hasobject or math.prod(shape) * dtype.itemsize != len(data) - buffer.tell():
+                    version = np.lib.format.read_magic(file)
+                    one = version == (1, 0)
+                    read = np.lib.format.read_array_header_1_0 if one else np.lib.format.read_array_header_2_0
+                    shape, columns_first, dtype = read(file)
+                    size = math.prod(shape) * dtype.itemsize
+                    if max_rows is not None and shape and shape[0] > max_rows:
+                        raise ValueError(f"array {name!r} has {shape[0]:,} rows; at most {max_rows:,} are read")
+                    fits = not dtype.hasobject and size == sizes[member] - file.tell()
+                    data = file.read() if fits else b""
+                if not fits or len(data) != size:
                     raise ValueError(f"array {name!r} doesn't hold the {dtype}{list(shape)} that its header promises")
-                out[name] = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
+                array = np.frombuffer(data, dtype) if size else np.zeros(0, dtype)
+                out[name] = array.reshape(shape, order="F" if columns_first else "C")
+    except Exception as error:  # a stranger's bytes may raise anything in the unpackers
         raise ValueError(f"{path.name!r} can't be used as an .npz file: {error}") from error
     return out
