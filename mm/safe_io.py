@@ -130,15 +130,20 @@ def inside(folder: PathLike, name: str) -> Path:
     Links may not lead out of the folder, except from a snapshot of the Hugging Face cache to the blobs beside it.
 
     Raises:
-        ValueError: the name is empty, absolute, climbs out, or is a link that leads out.
+        ValueError: the name is empty, absolute, climbs out, or is a link that leads out or in a circle.
     """
     parts = [*PurePosixPath(name).parts, *PureWindowsPath(name).parts]
     absolute = PurePosixPath(name).is_absolute() or PureWindowsPath(name).drive or PureWindowsPath(name).root
     if not name or absolute or ".." in parts or any(ord(c) < 32 for c in name):
         raise ValueError(f"the name {name!r} does not stay inside its folder; use a plain relative name")
-    root = Path(folder).resolve()
-    path = root / name
-    real = path.resolve()
+    try:
+        root = Path(folder).resolve()
+        path = root / name
+        real = path.resolve()
+    except (RuntimeError, OSError) as error:  # Python 3.11 raises RuntimeError for links in a circle
+        raise ValueError(
+            f"{name!r} in {str(folder)!r} is a link that leads in a circle; replace it by the file"
+        ) from error
     allowed = [root]
     if root.parent.name == "snapshots":
         allowed.append(root.parent.parent / "blobs")

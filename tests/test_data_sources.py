@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import tarfile
 import warnings
@@ -306,6 +307,37 @@ def test_folder_errors(tmp_path: Path, folder: Path) -> None:
     (folder / "a.png").unlink()
     with pytest.raises(BrokenExample, match="'a.png' can't be read: No such file"):
         source[0]["image"]
+
+
+def test_suffixes_beside_a_picture_match_whatever_their_case(folder: Path) -> None:
+    (folder / "c.PNG").write_bytes(png())
+    (folder / "c.TXT").write_text("shouted")
+    (folder / "c.Json").write_text('{"style": "loud"}')
+    example = FolderSource(folder)[2]
+    assert (example["key"], example["text"], example["style"]) == ("c", "shouted", "loud")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes here")
+def test_a_pipe_in_a_folder_is_not_read(folder: Path) -> None:
+    os.mkfifo(folder / "p.png")
+    os.mkfifo(folder / "a.json")
+    source = FolderSource(folder)
+    with pytest.warns(UserWarning, match="skipped 2 of 4 examples as broken; the first: 'a.json' is not a file"):
+        assert [example["key"] for example in source] == ["b", "sub/c"]
+    (folder / "metadata.jsonl").unlink()
+    os.mkfifo(folder / "metadata.jsonl")
+    with pytest.raises(ValueError, match=r"'metadata\.jsonl' is not a file"):
+        FolderSource(folder)
+
+
+def test_links_in_a_circle(folder: Path) -> None:
+    (folder / "o.png").symlink_to("o.png")
+    with pytest.warns(UserWarning, match="skipped 1 of 4 .*'o.png' is a link that leads in a circle"):
+        assert len(list(FolderSource(folder))) == 3
+    (folder / "metadata.jsonl").unlink()
+    (folder / "metadata.jsonl").symlink_to("metadata.jsonl")
+    with pytest.raises(ValueError, match="leads in a circle"):
+        FolderSource(folder)
 
 
 # --- Hugging Face datasets ----------------------------------------------------------------------------------------

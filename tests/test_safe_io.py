@@ -161,6 +161,13 @@ def test_links_that_leave_the_folder(tmp_path: Path) -> None:
     assert safe_io.inside(folder, "own") == folder / "own"
 
 
+def test_links_in_a_circle(tmp_path: Path) -> None:
+    (tmp_path / "round").symlink_to("round")
+    for folder, name in ((tmp_path, "round"), (tmp_path / "round", "file")):
+        with pytest.raises(ValueError, match="is a link that leads in a circle; replace it by the file"):
+            safe_io.inside(folder, name)
+
+
 def test_links_of_the_hub_cache_are_followed(tmp_path: Path) -> None:
     (tmp_path / "blobs").mkdir()
     (tmp_path / "blobs" / "abc").write_text("{}")

@@ -42,7 +42,7 @@ class FolderSource(Source):
         self._root = self.path.resolve()
         self._rows: dict[str, dict[str, Any]] = {}
         self._names: list[str] = []
-        self._beside: set[str] = set()
+        self._beside: dict[str, str] = {}
         for folder, folders, files in os.walk(self.path):
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             place = Path(folder).relative_to(self.path)
@@ -53,15 +53,17 @@ class FolderSource(Source):
                     continue
                 elif is_picture(name.lower()):
                     self._names.append((place / name).as_posix())
-                elif name.endswith((".txt", ".json")):
-                    self._beside.add((place / name).as_posix())
+                elif name.lower().endswith((".txt", ".json")):
+                    stem, _, suffix = name.rpartition(".")
+                    # Where a.txt and a.TXT both lie there, the one in lower case, which comes last, counts.
+                    self._beside[f"{(place / stem).as_posix()}.{suffix.lower()}"] = (place / name).as_posix()
         self._names.sort()
         for name in sorted(set(self._rows) - set(self._names)):
             self._bad(f"metadata.jsonl names {name!r}, which is not a picture in the folder")
         self._finish([Path(name).with_suffix("").as_posix() for name in self._names], f"folder {self.path.name!r}")
 
     def _read_rows(self, place: Path) -> None:
-        with self._inside((place / "metadata.jsonl").as_posix()).open("rb") as file:
+        with self._file((place / "metadata.jsonl").as_posix()).open("rb") as file:
             number = 0
             while line := file.readline(MAX_TEXT_BYTES):
                 number += 1
@@ -79,14 +81,24 @@ class FolderSource(Source):
 
     def _inside(self, name: str) -> Path:
         """The file's real path; a link that leads out of the folder is refused."""
-        path = (self.path / name).resolve()
+        try:
+            path = (self.path / name).resolve()
+        except (RuntimeError, OSError) as error:  # Python 3.11 raises RuntimeError for links in a circle
+            raise BrokenExample(f"{name!r} is a link that leads in a circle") from error
         if not path.is_relative_to(self._root):
             raise BrokenExample(f"{name!r} is a link that leads out of the folder")
         return path
 
+    def _file(self, name: str) -> Path:
+        """As `_inside`, but what exists must be a file: opening a pipe would wait for its writer for ever."""
+        path = self._inside(name)
+        if path.exists() and not path.is_file():
+            raise BrokenExample(f"{name!r} is not a file")
+        return path
+
     def _read(self, name: str, limit: int) -> bytes:
         try:
-            with self._inside(name).open("rb") as file:
+            with self._file(name).open("rb") as file:
                 data = file.read(limit + 1)
         except OSError as error:
             raise BrokenExample(f"{name!r} can't be read: {error.strerror or error}") from error
@@ -105,9 +117,9 @@ class FolderSource(Source):
         name = self._names[ordinal]
         stem = Path(name).with_suffix("").as_posix()
         fields: dict[str, Any] = {}
-        if (beside := f"{stem}.txt") in self._beside:
+        if beside := self._beside.get(f"{stem}.txt"):
             fields["caption"] = self._read(beside, MAX_TEXT_BYTES).decode("utf-8", "replace").strip()
-        if (beside := f"{stem}.json") in self._beside:
+        if beside := self._beside.get(f"{stem}.json"):
             fields |= parse_json(self._read(beside, MAX_TEXT_BYTES), beside)
         fields |= self._rows.get(name, {})
         fields["image"] = Lazy(lambda: decode_picture(self._read(name, MAX_MEMBER_BYTES), name, self.max_pixels))
