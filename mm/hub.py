@@ -254,15 +254,18 @@ def load_tokenizers(folder: Path, config: Mapping[str, Any]) -> dict[str, Modali
 
 def _from_folder(folder: Path, described: Mapping[str, Any], place: str) -> Any:
     where = safe_io.inside(folder, str(described["folder"]))
+    held = 0
     for file in where.rglob("*"):
         safe_io.inside(folder, file.relative_to(Path(folder).resolve()).as_posix())  # links inside it may lead out, too
         safe_io.refuse_pickle(file)
+        held += file.stat().st_size if file.is_file() else 0
     cls = find_class("tokenizers", described["class_path"], place)
     if not hasattr(cls, "from_directory"):
         raise ValueError(
             f"{place}, {described['class_path']!r}, has no from_directory(), but the checkpoint names a folder"
         )
-    return attempt(lambda: cls.from_directory(where), place)
+    with _budget(held + (1 << 24)):
+        return attempt(lambda: cls.from_directory(where), place)
 
 
 def load_sampling(config: Mapping[str, Any]) -> dict[str, Sampling]:

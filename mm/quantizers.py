@@ -26,6 +26,8 @@ QuantizerName = Literal["vq", "fsq", "lfq", "bsq", "residual"]
 
 MAX_CODES = 1 << 18
 """Largest vocabulary: the package builds tables of positions × codes, impractical beyond."""
+MAX_CODE_DIM, MAX_CODEBOOK = 4096, 1 << 28
+"""Widest code, and most numbers in all codebooks together (1 GiB, and as much for their averages)."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,12 @@ class Quantizer(nn.Module):
             raise ValueError(f"codebook_size must be between 2 and {MAX_CODES}, got {codebook_size}")
         if code_dim < 1 or num_codes < 1:
             raise ValueError(f"code_dim and num_codes must be at least 1, got {code_dim} and {num_codes}")
+        numbers = codebook_size * code_dim * (num_codes if name == "residual" else 1)
+        if name in ("vq", "residual") and (code_dim > MAX_CODE_DIM or numbers > MAX_CODEBOOK):
+            raise ValueError(
+                f"code_dim may be up to {MAX_CODE_DIM}, and all codebooks together may hold {MAX_CODEBOOK:,} numbers, got "
+                f"code_dim {code_dim} and {numbers:,}: set code_dim, codebook_size or num_codes lower"
+            )
         if name in ("lfq", "bsq") and codebook_size & (codebook_size - 1):
             raise ValueError(f"{name} needs a codebook_size that is a power of two, got {codebook_size}")
         self.name = name

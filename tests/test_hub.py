@@ -106,6 +106,16 @@ def test_a_tokenizer_with_weights_has_its_own_folder(tmp_path: Path) -> None:
     noise = torch.rand(3, 8, 8) * 2 - 1
     assert torch.equal(again.modalities[1].tokenizer.encode(noise).content, tokenizer.encode(noise).content)
 
+    settings = folder / "tokenizers" / "image" / "config.json"
+    whole = settings.read_text()
+    for name, value, message in (
+        ("code_dim", 1 << 20, "the tokenizer of 'image' can't be made: .* asks for a codebook of"),
+        ("channels", 512, "the tokenizer of 'image' can't be made: it asks for far more memory than"),
+    ):
+        settings.write_text(re.sub(rf'"{name}": \d+', f'"{name}": {value}', whole))
+        with pytest.raises(ValueError, match=message):
+            hub.load_pretrained(folder)
+    settings.write_text(whole)
     edit(folder, lambda c: c["modalities"][1]["tokenizer"].update(folder="../elsewhere"))
     with pytest.raises(ValueError, match="does not stay inside its folder"):
         hub.load_pretrained(folder)

@@ -146,6 +146,9 @@ def test_the_codes_do_not_depend_on_autocast() -> None:
         ("lfq", {"codebook_size": 1000}, "power of two, got 1000"),
         ("vq", {"codebook_size": 1 << 20}, "between 2 and 262144"),
         ("residual", {"num_codes": 0}, "at least 1"),
+        ("vq", {"code_dim": 4097}, "code_dim may be up to 4096, .* got code_dim 4097"),
+        ("vq", {"code_dim": 4096, "codebook_size": 1 << 17}, "may hold 268,435,456 numbers, got .* 536,870,912"),
+        ("residual", {"code_dim": 512, "codebook_size": 1 << 17, "num_codes": 8}, "got .* 536,870,912"),
     ],
 )
 def test_settings_of_a_quantiser_that_do_not_fit(name: Any, settings: dict[str, Any], message: str) -> None:
@@ -455,6 +458,13 @@ def edit(folder: Path, **changes: Any) -> None:
         (lambda f: edit(f, config={"multipliers": [1] * 99}), "wrong value for multipliers"),
         (lambda f: edit(f, config={"channels": 10**9}), "widths must be in 1..4096"),
         (lambda f: edit(f, config={"channels": 16}), "shape"),
+        (
+            lambda f: edit(f, config={"code_dim": 1 << 20}),
+            "a codebook of 16,777,216 numbers, but model.safetensors has",
+        ),
+        (lambda f: edit(f, config={"decay": float("1e999")}), "not a JSON file"),
+        (lambda f: edit(f, config={"decay": 1e300}), "wrong value for decay"),
+        (lambda f: edit(f, config={"code_dim": 10**400}), "wrong value for code_dim"),
         (lambda f: edit(f, config={"commitment": 0.5}), "fingerprint"),
         (lambda f: (f / "model.safetensors").write_bytes(b"junk" * 9), "damaged or not a safetensors file"),
         (lambda f: (f / "model.safetensors").write_bytes(b"\x80\x02junk" * 9), "pickle"),
@@ -486,6 +496,19 @@ def test_a_name_that_is_no_tokenizer(name: str) -> None:
 
     with pytest.raises(ValueError, match="no saved image tokenizer in"):
         ImageVQ(pretrained=name)
+
+
+def test_only_tokenizers_are_offered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole model lies beside them, and has a file of weights too."""
+    from mm.tokenizers import _image_vq_settings as settings
+
+    for name, file in (("a_tokenizer", "config.json"), ("a_model", "model.json")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").touch()
+        (tmp_path / name / file).touch()
+    monkeypatch.setattr(settings, "SHIPPED", tmp_path)
+    with pytest.raises(ValueError, match=r"one of the shipped names \['a_tokenizer'\]"):
+        settings.find("no_such")
 
 
 @pytest.mark.parametrize(

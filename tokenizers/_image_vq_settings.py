@@ -13,6 +13,8 @@ FORMAT = "mm.tokenizers.image_vq"
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 MAX_CONFIG_BYTES, MAX_WEIGHT_BYTES = 1 << 16, 1 << 31
 MAX_SIDE_TOKENS = 256
+MAX_NUMBER = 1 << 30
+"""Largest number among the settings; JSON has larger ones, and readers make infinity of some."""
 SHIPPED = Path(mm.__file__).resolve().parent / "checkpoints"
 
 FLOATS = ("decay", "dead_below", "commitment", "entropy")
@@ -55,7 +57,7 @@ def find(pretrained: str) -> Path:
     for folder in folders:
         if (folder / CONFIG).is_file():
             return folder
-    shipped = sorted(p.parent.name for p in SHIPPED.glob(f"*/{WEIGHTS}")) if SHIPPED.is_dir() else []
+    shipped = sorted(p.parent.name for p in SHIPPED.glob(f"*/{CONFIG}")) if SHIPPED.is_dir() else []
     raise ValueError(
         f"no saved image tokenizer in '{pretrained}' ({CONFIG} is missing): give a folder that ImageVQ.save wrote, "
         f"or one of the shipped names {shipped}"
@@ -80,9 +82,29 @@ def read(folder: Path, names: set[str]) -> dict[str, Any]:
         many = name in LISTS
         values = value if many and isinstance(value, list) and 0 < len(value) <= 32 else [value]
         kind = str if name in TEXTS else (int, float) if name in FLOATS else int
-        if (many and values is not value) or any(isinstance(v, bool) or not isinstance(v, kind) for v in values):
+        if (many and values is not value) or any(
+            isinstance(v, bool) or not isinstance(v, kind) or (kind is not str and not abs(v) <= MAX_NUMBER)
+            for v in values
+        ):
             raise ValueError(f"{file} has a wrong value for {name}: {str(value)[:60]!r}")
+    check_codebook(folder, config)
     return config
+
+
+def check_codebook(folder: Path, c: dict[str, Any]) -> None:
+    """Raises `ValueError` for a codebook larger than the weights file, before the memory is taken."""
+    if c["quantizer"] not in ("vq", "residual"):  # the others have none, and take no more than their `levels` say
+        return
+    file = folder / WEIGHTS
+    if not file.is_file():
+        raise ValueError(f"{str(file)!r} is missing: restore the pair of files that was saved together")
+    held = file.stat().st_size
+    numbers = c["codebook_size"] * c["code_dim"] * (c["num_codes"] if c["quantizer"] == "residual" else 1)
+    if numbers > held + (1 << 22):  # a file that was cut short is told by its reader
+        raise ValueError(
+            f"{folder / CONFIG} asks for a codebook of {numbers:,} numbers, but {WEIGHTS} has {held:,} bytes: "
+            "restore the pair of files that was saved together"
+        )
 
 
 def write(folder: Path, config: dict[str, Any], fingerprint: str, digest: str) -> None:
