@@ -11,11 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from mm.interfaces import Spec
 
 SIZES = 256  # size controls: the extents 1..256 that one axis of an item can have
 NAMED = 64  # named controls: three general ones, and begin and end of up to 30 modalities
 GENERAL = ("bos", "eos", "null")
+NAMES_OF_TORCH = nn.ModuleDict()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +57,10 @@ class Vocabulary:
         for name in names:
             if not name or "." in name or name == "null":  # weights are stored by name; `null` is the absent condition
                 raise ValueError(f"a modality cannot be called {name!r}; use a word without dots other than null")
+            if hasattr(NAMES_OF_TORCH, name):  # heads are kept there by name, beside its methods
+                raise ValueError(
+                    f"a modality cannot be called {name!r}, which torch keeps for itself; use another word"
+                )
         if pairs[0][1].kind != "discrete":
             raise ValueError(
                 f"the first modality {names[0]!r} is {pairs[0][1].kind}; it owns the control tokens and must be discrete"
