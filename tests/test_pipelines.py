@@ -43,6 +43,14 @@ def test_lazy_names() -> None:
     assert mm.AnyToAnyPipeline is AnyToAnyPipeline
 
 
+@pytest.mark.parametrize("device", ["banana", "cuda:99", "meta", "mps:7", "", None, 1.5])
+def test_a_device_that_is_not_there(device: str) -> None:
+    for move in (TextToImagePipeline(tiny()).to, lambda d: TextToImagePipeline.from_pretrained("no_such", d)):
+        with pytest.raises(ValueError, match=r"device .*; use cpu") as caught:
+            move(device)
+        assert "\n" not in str(caught.value)
+
+
 def test_counts_and_kinds(painter: TextToImagePipeline) -> None:
     out = painter(["red", "blue"], num_images=3, seed=0)
     assert isinstance(out, ImageOutput) and len(out.images) == len(out.tokens) == 6

@@ -66,6 +66,7 @@ class Pipeline:
 
         Raises `ValueError` as `mm.hub.load_pretrained`.
         """
+        device = choose_device(device)  # before the seconds that loading takes
         folder = hub.resolve(path_or_name)
         return cls(hub.load_pretrained(folder), hub.load_sampling(hub.read_config(folder))).to(device)
 
@@ -80,7 +81,8 @@ class Pipeline:
         return hub.save_pretrained(self.model, path, card, storage=storage, sampling=self.recommended)
 
     def to(self: P, device: torch.device | str) -> P:
-        """Move model and tokenizers."""
+        """Move model and tokenizers. Raises `ValueError` for a device that isn't there."""
+        device = choose_device(device)
         self.model.to(device)
         for modality in self.model.modalities:
             if isinstance(modality.tokenizer, nn.Module):
@@ -157,6 +159,23 @@ class Pipeline:
             on_step = None if callback is None else _shifted(callback, start)
             out += engine.generate(seeded[start : start + self.batch_size], on_step)
         return out
+
+
+def choose_device(device: torch.device | str) -> torch.device:
+    """A device on which tensors can be made. Raises `ValueError` for one that isn't there."""
+    try:
+        chosen = torch.device(device)
+        if chosen.type != "meta":  # which holds no values
+            torch.empty(1, device=chosen)
+            return chosen
+    except Exception as error:  # each backend raises another type
+        raise ValueError(f"there is no device {device!r:.60} here; use {_devices()}") from error
+    raise ValueError(f"nothing can be computed on the device 'meta'; use {_devices()}")
+
+
+def _devices() -> str:
+    names = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
+    return " or ".join([*names, *(["mps"] if torch.backends.mps.is_available() else [])])
 
 
 def choose_seed(seed: int | None, generator: torch.Generator | None) -> int:
