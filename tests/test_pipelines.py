@@ -10,7 +10,7 @@ from PIL import Image
 
 import mm
 from mm.generation import Event
-from mm.interfaces import Sampling
+from mm.interfaces import Encoded, Sampling
 from mm.media import load_image
 from mm.orders.masked import Masked
 from mm.orders.raster import Raster
@@ -214,6 +214,26 @@ def test_paths_are_pictures(tmp_path: Path) -> None:
     expected = reader(colours(0), max_tokens=8).texts
     assert reader(str(tmp_path / "a.png"), max_tokens=8).texts == expected
     assert reader([tmp_path / "a.png"], max_tokens=8).texts == expected
+
+
+def test_large_pictures_are_not_in_memory_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mm.pipelines import base
+
+    reader, sizes = ImageToTextPipeline(tiny()), []
+    tokenizer = reader.tokenizer("image")
+    original, loaded = tokenizer.encode_batch, []
+
+    def encode(raws: list[Image.Image]) -> list[Encoded]:
+        sizes.append((len(loaded), len(raws)))
+        return original(raws)
+
+    monkeypatch.setattr(tokenizer, "encode_batch", encode)
+    monkeypatch.setattr(base, "load_image", lambda picture: loaded.append(picture) or load_image(picture))
+    monkeypatch.setattr(base, "MAX_PIXELS", 40)
+    pictures = [colours(n) for n in range(7)]  # of 16 pixels
+    segments = reader.encode_pictures(pictures)
+    assert sizes == [(3, 3), (6, 3), (7, 1)], "three reach the limit, and none is loaded before they are encoded"
+    assert [s.content.ids.tolist() for s in segments] == [tokenizer.encode(p).ids.tolist() for p in pictures]
 
 
 def test_any_to_any(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from mm import hub
 from mm.generation import Engine, Event, Request
 from mm.interfaces import Encoded, ModalityTokenizer, Sampling
 from mm.layout import Segment
-from mm.media import load_image
+from mm.media import MAX_PIXELS, load_image
 from mm.model import MultimodalModel
 
 P = TypeVar("P", bound="Pipeline")
@@ -124,13 +124,16 @@ class Pipeline:
         """Given pictures. Raises `ValueError` for what can't be loaded."""
         if not pictures:
             return []
-        loaded = [load_image(picture) for picture in pictures]
         tokenizer = self.tokenizer(self.picture)
-        encoded = [
-            item
-            for start in range(0, len(loaded), self.batch_size)
-            for item in tokenizer.encode_batch(loaded[start : start + self.batch_size])
-        ]
+        encoded: list[Encoded] = []
+        batch: list[Image.Image] = []
+        pixels = 0
+        for number, picture in enumerate(pictures, 1):
+            batch.append(load_image(picture))
+            pixels += batch[-1].width * batch[-1].height
+            if len(batch) == self.batch_size or pixels >= MAX_PIXELS or number == len(pictures):
+                encoded += tokenizer.encode_batch(batch)
+                batch, pixels = [], 0  # large pictures must not all be in memory at once
         return [Segment(self.picture, item, loss=False) for item in encoded]
 
     def decode_items(self, name: str, items: Sequence[Encoded]) -> list[Any]:
