@@ -249,3 +249,19 @@ def test_the_parsers_tree_becomes_a_sentence() -> None:
   Given value: {'lr': 'x'}"""
     assert sentence(tree) == "model: mm.X: lr: Expected a <class 'float'>. Got value: x"
     assert sentence("one line") == "one line"
+    rivals = """Does not validate against any of the Union subtypes
+Subtypes: [<class 'Module'>, <class 'NoneType'>]
+Errors:
+  - Does not validate against any of the Union subtypes
+    Subtypes: [<class 'Source'>, <class 'Streaming'>]
+    Errors:
+      - shard 'a.tar' is missing; give paths of local .tar files
+      - Import path mm.X does not correspond to a subclass of Streaming
+    Given value type: <class 'dict'>
+    Given value: {'paths': ['a.tar']}
+  - Expected a <class 'NoneType'>
+Given value type: <class 'dict'>
+Given value: {'paths': ['a.tar']}"""
+    assert sentence(rivals) == "shard 'a.tar' is missing; give paths of local .tar files"
+    wrong = "Import path mm.X does not correspond to a subclass of Streaming"
+    assert sentence(f'Parser key "data":\n  {wrong}') == f"data: {wrong}", "alone it is what is wrong"

@@ -158,15 +158,19 @@ def check_readable(path: str | Path, resume: bool) -> None:
 
 
 NOISE = re.compile(
-    r"(Does not validate against any of the Union subtypes|Subtypes: .*|Errors:|Given value( type)?: .*"
-    r"|- Expected a <class 'NoneType'>.*)$"
+    r"(- )*(Does not validate against any of the Union subtypes|Subtypes: .*|Errors:|Given value( type)?: .*"
+    r"|Expected a <class 'NoneType'>.*)$"
 )
+RIVAL = re.compile(r"Import path \S+ does not correspond to a subclass of")
+"""What a type says of a class that was meant for another one; it tells something only where nothing else does."""
 
 
 def sentence(text: str) -> str:
     """The parser's tree of attempts as one line: where, and what is wrong there."""
     lines = [line.strip() for line in text.splitlines()]
-    kept = [line.removeprefix("- ") for line in lines if line and not NOISE.match(line)]
+    kept = [re.sub(r"^(- )+", "", line) for line in lines if line and not NOISE.match(line)]
+    if any(not line.endswith(":") and not RIVAL.match(line) for line in kept):
+        kept = [line for line in kept if not RIVAL.match(line)]
     joined = " ".join(kept) or " ".join(lines)
     joined = re.sub(r'Parser key "([^"]*)":', r"\1:", joined)
     return re.sub(r"Problem with given class_path '([^']*)':", r"\1:", joined)
