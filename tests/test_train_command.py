@@ -233,7 +233,18 @@ def test_configurations_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.
             find(name)
     with pytest.raises(ValueError, match="-c needs the path"):
         expand(["-c"])
-    assert find("configs/base.yaml") == find("base.yaml") == SHIPPED / "base.yaml"
+    assert find("configs/base.yaml") == find("base.yaml") == find("base") == SHIPPED / "base.yaml"
+    for name in ("liquid", "liquid.yaml", "systems/liquid", "configs/systems/liquid", "systems/liquid.yaml"):
+        assert find(name) == SHIPPED / "systems" / "liquid.yaml"
+
+
+def test_a_missing_configuration_is_refused_before_anything_heavy_is_imported() -> None:
+    code = (
+        "import sys; from mm.cli import main; status = main(['fit', '-c', 'none.yaml']); "
+        "print(status, [m for m in ('torch', 'lightning', 'jsonargparse') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "2 []\n" and "there is no configuration 'none.yaml'" in done.stderr
 
 
 def test_the_parsers_tree_becomes_a_sentence() -> None:

@@ -24,6 +24,8 @@ MAX_FILES, MAX_BYTES = 64, 1 << 20
 
 def main(argv: list[str]) -> int:
     """Run one subcommand; `argv` begins with its name. Raises `ValueError` for a configuration that can't be used."""
+    arguments = [argv[0], *expand(argv[1:])]  # before the imports, which take seconds
+
     import warnings
 
     from jsonargparse import ArgumentError, set_parsing_settings
@@ -84,7 +86,7 @@ def main(argv: list[str]) -> int:
                 subclass_mode_data=True,
                 save_config_kwargs={"overwrite": True},
                 parser_kwargs={"exit_on_error": False, "prog": "mm"},
-                args=[argv[0], *expand(argv[1:])],
+                args=arguments,
             )
     except (ArgumentError, MisconfigurationException, ValueError) as error:
         raise ValueError(sentence(str(error))) from error
@@ -194,13 +196,17 @@ def expand(argv: list[str]) -> list[str]:
 
 
 def find(name: str) -> Path:
-    """A configuration's file: a path, or the path of one that is shipped (`systems/liquid.yaml`)."""
+    """A configuration's file: a path, or the path of one that is shipped (`systems/liquid.yaml`), also without its
+    ending, and a system's without its folder."""
     path = Path(name)
     if path.is_file():
         return path
-    shipped = SHIPPED.joinpath(*path.parts[path.parts[:1] == ("configs",) :])
-    if shipped.is_file() and ".." not in path.parts:
-        return shipped
+    inside = Path(*path.parts[path.parts[:1] == ("configs",) :])
+    if ".." not in path.parts and not path.is_absolute():
+        for folder in (SHIPPED, SHIPPED / "systems"):
+            for shipped in (folder / inside, folder / f"{inside}.yaml"):
+                if shipped.is_file():
+                    return shipped
     raise ValueError(f"there is no configuration {name!r}; give a YAML file, or one that is shipped (mm list systems)")
 
 
