@@ -15,6 +15,8 @@ MAX_PIXELS = 1 << 26
 """Largest width × height that is decoded (8192 × 8192)."""
 MAX_BYTES = 1 << 28
 """Largest file that is read (256 MiB)."""
+MAX_SIDE = 65_535
+"""Longest side that is decoded: Pillow's scaling takes memory by the side, not by the pixels, and fails far beyond."""
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 """What is tried. Left out on purpose: formats whose reader starts other programs (EPS) or that are not pictures."""
 EXTENSIONS = frozenset(
@@ -33,10 +35,11 @@ def load_image(
 ) -> Image.Image:
     """A picture as 8-bit RGB, upright, with transparency composited over white.
 
-    Takes a path, the bytes of a file, an open binary file or a PIL picture. Any size from 1×1 to `max_pixels`; CMYK,
-    palette, grey and 16-bit pictures are converted (16 bits keep their upper 8), of an animation the first frame is
-    taken, EXIF orientation is applied. Sizes are checked against the header before anything is decoded; Pillow's
-    own process-wide limit (`PIL.Image.MAX_IMAGE_PIXELS`) applies too and is left as it is.
+    Takes a path, the bytes of a file, an open binary file or a PIL picture. Any size from 1×1 to `max_pixels`, with
+    sides up to `MAX_SIDE`; CMYK, palette, grey and 16-bit pictures are converted (16 bits keep their upper 8), of an
+    animation the first frame is taken, EXIF orientation is applied. Sizes are checked against the header before
+    anything is decoded; Pillow's own process-wide limit (`PIL.Image.MAX_IMAGE_PIXELS`) applies too and is left as it
+    is.
 
     Raises `ValueError`, one sentence, for a file that is missing, too large, truncated or not a picture.
     """
@@ -105,6 +108,10 @@ def _check_size(name: str, size: tuple[int, int], max_pixels: int) -> None:
         raise ValueError(
             f"{name} is {width}×{height} = {width * height:,} pixels, but at most {max_pixels:,} are decoded; "
             "scale it down or raise max_pixels"
+        )
+    if max(width, height) > MAX_SIDE:
+        raise ValueError(
+            f"{name} is {width}×{height}, but sides of at most {MAX_SIDE:,} pixels are decoded; crop it or scale it down"
         )
 
 

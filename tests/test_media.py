@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from mm.media import MAX_PIXELS, load_image
+from mm.media import MAX_PIXELS, MAX_SIDE, load_image
 
 pytestmark = [  # what Pillow says about damaged files on its way to an error
     pytest.mark.filterwarnings("ignore::UserWarning:PIL.TiffImagePlugin"),
@@ -79,6 +79,13 @@ def test_a_huge_picture_is_refused_before_decoding(width: int, height: int) -> N
     # The file holds 64 bytes of pixels: had it been decoded, the message would be about damage.
     with pytest.raises(ValueError, match="at most 67,108,864 are decoded"):
         load_image(png_header(width, height))
+
+
+@pytest.mark.parametrize("size", [(MAX_SIDE + 1, 1), (1, MAX_SIDE + 1)])
+def test_a_side_that_can_not_be_scaled_is_refused(size: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="sides of at most 65,535 pixels are decoded"):
+        load_image(encoded(Image.new("L", size), "PNG"))
+    assert load_image(Image.new("L", (MAX_SIDE, 1))).size == (MAX_SIDE, 1)
 
 
 def test_the_limit_can_be_set() -> None:
