@@ -136,7 +136,9 @@ def test_checkpoints_that_cannot_be_used(here: Path, tmp_path: Path) -> None:
     last = tmp_path / "checkpoints" / "last.ckpt"
     whole = last.read_bytes()
     narrow = [*arguments, "--model.init_args.backbone.heads=1", "--model.init_args.backbone.width=16"]
-    with pytest.raises(ValueError, match=r"last\.ckpt' was made with another configuration: model\..* has shape .*; give"):
+    with pytest.raises(
+        ValueError, match=r"last\.ckpt' was made with another configuration: model\..* has shape .*; give"
+    ):
         main(["validate", *narrow, f"--ckpt_path={last}"])
     last.write_bytes(whole[: len(whole) // 2])
     for value in ("last", last):
@@ -218,12 +220,20 @@ def test_configurations_that_cannot_be_used(tmp_path: Path, monkeypatch: pytest.
         ("extends: b.yaml", "extends of .* must be a list of files"),
         ("- 1", "is a list, expected keys"),
         ("a: [", "is not YAML"),
+        ("x: 1\na: {b: 1, c: 2}\nx: 2", "has the key 'x' twice, again in line 3"),
+        ("a: {b: 1, c: 2, b: 3}", "has the key 'b' twice"),
+        ("a: " + "[" * 65 + "]" * 65, "nested too deeply, at most 64 levels"),
+        ("a: " + "[" * 9_000, "nested too deeply"),
+        ("a: &a [*a]", "nested too deeply"),
+        ("", "is a NoneType, expected keys"),
         ("a: !!python/object/apply:os.system [true]", "is not YAML"),
     ):
         file.write_text(text)
         with pytest.raises(ValueError, match=message) as caught:
             expand(["-c", str(file)])
         assert "\n" not in str(caught.value)
+    file.write_text("a: &a {b: 1}\nc: {<<: *a, b: 2}\nd: *a")  # a key that replaces a merged one is no mistake
+    assert yaml.safe_load(contents(file, [])[0]) == {"a": {"b": 1}, "c": {"b": 2}, "d": {"b": 1}}
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "MAX_BYTES", 3)
     with pytest.raises(ValueError, match="too large"):

@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 
     from lightning.pytorch import Trainer
     from torch import Tensor
+    from yaml import Node
 
 SHIPPED = Path(__file__).resolve().parent.parent / "configs"
-MAX_FILES, MAX_BYTES = 64, 1 << 20
+MAX_FILES, MAX_BYTES, MAX_DEPTH = 64, 1 << 20, 64
 
 
 def main(argv: list[str]) -> int:
@@ -219,7 +220,12 @@ def contents(path: Path, above: list[Path]) -> list[str]:
     if path.stat().st_size > MAX_BYTES or len(above) > MAX_FILES:
         raise ValueError(f"the configuration {str(path)!r} is too large or extends too deeply")
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+        loader = yaml.SafeLoader(path.read_text(encoding="utf-8"))
+        node = loader.get_single_node()
+        check_node(node, str(path))
+        value = None if node is None else loader.construct_document(node)
+    except RecursionError as error:
+        raise ValueError(f"the configuration {str(path)!r} is nested too deeply") from error
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise ValueError(f"the configuration {str(path)!r} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(value, dict):
@@ -234,3 +240,36 @@ def contents(path: Path, above: list[Path]) -> list[str]:
             raise ValueError(f"{str(path)!r} extends {name!r}, which is missing; paths are relative to the file")
         out += contents(other, [*above, path.resolve()])
     return [*out, yaml.safe_dump(value, sort_keys=False)]
+
+
+def check_node(root: Node | None, name: str) -> None:
+    """Raises `ValueError` for a key that stands twice in one place, since YAML would drop the first without a word, and
+    for what is nested too deeply or holds itself."""
+    from yaml import MappingNode, ScalarNode, SequenceNode
+
+    done = set()  # what aliases repeat is looked at once, or a short file could take hours
+
+    def look(node: Node | None, depth: int) -> None:
+        if depth > MAX_DEPTH:
+            raise ValueError(f"the configuration {name!r} is nested too deeply, at most {MAX_DEPTH} levels are read")
+        if id(node) in done:
+            return
+        if isinstance(node, MappingNode):
+            keys = set()
+            for key, value in node.value:
+                if isinstance(key, ScalarNode):
+                    if (key.tag, key.value) in keys:
+                        line = key.start_mark.line + 1
+                        raise ValueError(
+                            f"the configuration {name!r} has the key {key.value!r} twice, again in line {line}; "
+                            "leave one of them out"
+                        )
+                    keys.add((key.tag, key.value))
+                look(key, depth + 1)
+                look(value, depth + 1)
+        elif isinstance(node, SequenceNode):
+            for value in node.value:
+                look(value, depth + 1)
+        done.add(id(node))
+
+    look(root, 0)
