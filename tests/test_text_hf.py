@@ -140,6 +140,18 @@ def test_damaged_file(tmp_path: Path, text: str) -> None:
         TextHF(str(tmp_path))
 
 
+def test_a_vocabulary_of_impossible_size(tmp_path: Path) -> None:
+    TextHF.tiny().save(tmp_path)
+    with pytest.raises(ValueError, match="at most 16,777,216 ids"):
+        TextHF(str(tmp_path), vocab_size=(1 << 24) + 1)
+    file = tmp_path / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["model"]["vocab"]["!"] = 1 << 24  # far larger ones abort the process where they are not refused
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="has ids up to 16,777,216, but at most 16,777,216 ids"):
+        TextHF(str(tmp_path))
+
+
 def test_damaged_settings(tmp_path: Path) -> None:
     TextHF.tiny().save(tmp_path)
     (tmp_path / "mm_tokenizer.json").write_text('{"source": "/etc", "vocab_size": 1}')

@@ -25,6 +25,8 @@ OPEN_CLIP = "open_clip"
 OPEN_CLIP_MERGES = 49152 - 256 - 2
 """Merges of CLIP's vocabulary of 49,408: two kinds of 256 bytes, the merges, two special tokens."""
 MAX_FILE = 1 << 28
+MAX_SIZE = 1 << 24
+"""Most ids of a vocabulary. The library's own writer takes memory by the largest id, and aborts the process beyond."""
 
 
 class TextHF(ModalityTokenizer):
@@ -39,7 +41,7 @@ class TextHF(ModalityTokenizer):
             more rows than its tokenizer has tokens (Qwen), so that ids keep their rows.
 
     Raises:
-        ValueError: nothing there that can be read, or `vocab_size` below what the tokenizer has.
+        ValueError: nothing there that can be read, `vocab_size` below what the tokenizer has, or more than 2²⁴ ids.
     """
 
     def __init__(self, source: str = OPEN_CLIP, vocab_size: int = 0) -> None:
@@ -51,7 +53,7 @@ class TextHF(ModalityTokenizer):
                 f"vocab_size is {size}, but the tokenizer {source!r} has {self.backend.size} ids; "
                 "leave it at 0 or give the rows of the model's embedding"
             )
-        self.vocab_size = size
+        self.vocab_size = _check_size(size)
 
     @classmethod
     def tiny(cls) -> TextHF:
@@ -143,7 +145,7 @@ class _Fast(_Backend):
         tokenizer.encode_special_tokens = True
         self.tokenizer = tokenizer
         self.known = set(tokenizer.get_vocab(with_added_tokens=True).values())
-        self.size = max(self.known, default=0) + 1
+        self.size = _check_size(max(self.known, default=0) + 1)  # before the fingerprint, which writes it
         self.fingerprint = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()[:16]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -167,7 +169,7 @@ class _Slow(_Backend):
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self.known = set(tokenizer.get_vocab().values())
-        self.size = max(self.known, default=0) + 1
+        self.size = _check_size(max(self.known, default=0) + 1)
         table = json.dumps([type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())])
         self.fingerprint = hashlib.sha256(table.encode()).hexdigest()[:16]
 
@@ -237,6 +239,12 @@ def _open_clip_merges() -> list[tuple[str, str]]:
     with gzip.open(path, "rt", encoding="utf-8") as file:
         lines = file.read().split("\n")[1 : OPEN_CLIP_MERGES + 1]
     return [(a, b) for a, b in (line.split() for line in lines)]
+
+
+def _check_size(size: int) -> int:
+    if size > MAX_SIZE:
+        raise ValueError(f"the vocabulary has ids up to {size - 1:,}, but at most {MAX_SIZE:,} ids are expected of one")
+    return size
 
 
 def _settings(source: str) -> dict[str, Any]:
