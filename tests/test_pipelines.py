@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -101,7 +103,7 @@ def test_sampling_options(painter: TextToImagePipeline) -> None:
     assert ids(painter("red", seed=0, top_k=1)) != ids(painter("red", seed=0))
     with pytest.raises(ValueError, match="top_p must be in"):
         painter("red", top_p=0.0)
-    with pytest.raises(TypeError, match="heat"):
+    with pytest.raises(ValueError, match="unknown option 'heat'; options of sampling are temperature, top_k, top_p"):
         painter("red", heat=1)  # type: ignore[call-arg]
 
 
@@ -188,7 +190,7 @@ def test_captions() -> None:
     reader = ImageToTextPipeline(tiny())
     one = reader(colours(0), max_tokens=12)
     assert isinstance(one, TextOutput) and len(one.texts) == 1 and isinstance(one.texts[0], str)
-    assert len(one.tokens[0]) <= 12
+    assert len(one.tokens[0]) <= 12 and reader(colours(0), max_tokens=10**9).texts, "the context is the limit"
     assert reader(colours(0), max_tokens=12, seed=9).texts == one.texts, "greedy by default"
     two = reader([colours(0), colours(1)], max_tokens=12)
     assert two.texts[0] == one.texts[0] and len(two.texts) == 2
@@ -214,6 +216,93 @@ def test_paths_are_pictures(tmp_path: Path) -> None:
     expected = reader(colours(0), max_tokens=8).texts
     assert reader(str(tmp_path / "a.png"), max_tokens=8).texts == expected
     assert reader([tmp_path / "a.png"], max_tokens=8).texts == expected
+
+
+def test_bytes_and_open_files_are_one_picture_each(tmp_path: Path) -> None:
+    colours(0).save(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    reader, pipeline = ImageToTextPipeline(tiny()), AnyToAnyPipeline(tiny())
+    expected = reader(colours(0), max_tokens=8).texts
+    for given in (data, bytearray(data), memoryview(data), [data], [data, tmp_path / "a.png"]):
+        assert reader(given, max_tokens=8).texts[0] == expected[0]  # type: ignore[arg-type]
+    with (tmp_path / "a.png").open("rb") as file:
+        assert reader(file, max_tokens=8).texts == expected
+    documents = pipeline(["a", colours(0)], to="image", max_tokens=8, seed=1).documents
+    again = pipeline(["a", data], to=["image"], max_tokens=8, seed=1).documents
+    assert [p if isinstance(p, str) else p.tobytes() for p in again[0]] == [
+        p if isinstance(p, str) else p.tobytes() for p in documents[0]
+    ]
+    assert len(pipeline(data, max_tokens=2, seed=1).documents) == 1
+    with (tmp_path / "a.png").open("rb") as file:
+        assert len(pipeline(file, max_tokens=2, seed=1).documents) == 1
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"prompt": 5}, "got a int for a prompt; give a string, None, or a list of them"),
+        ({"prompt": Path("a")}, "got a .*Path for a prompt"),
+        ({"prompt": b"red"}, "got a bytes for a prompt"),
+        ({"prompt": {"red": 1}}, "got a dict for a prompt"),
+        ({"prompt": ["red", Path("a")]}, "got a .*Path for a text; give a string"),
+        ({"num_images": "2"}, "num_images must be a whole number, got '2'"),
+        ({"num_images": 1.5}, "num_images must be a whole number, got 1.5"),
+        ({"num_images": True}, "num_images must be a whole number, got True"),
+        ({"num_images": None}, "num_images must be a whole number, got None"),
+        ({"num_images": 10**9}, "num_images is 1,000,000,000, and one call makes up to 100,000; ask for fewer"),
+        ({"prompt": ["a"] * 11, "num_images": 10_000}, "num_images is 10,000 for each of 11, and one call makes"),
+        ({"generator": 5}, "generator must be a torch.Generator, got a int; or give a seed"),
+        ({"seed": "3"}, "seed must be a whole number from 0 to .*, got '3'"),
+        ({"temperature": float("nan")}, "temperature must be a finite number"),
+        ({"guidance": None}, "guidance must be a finite number, got None"),
+    ],
+)
+def test_wrong_types_are_refused(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TextToImagePipeline(tiny())(**{"prompt": "red", **wrong})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"image": None}, "got a NoneType for a picture; give a path, bytes, a binary file, a PIL picture, or a list"),
+        ({"image": 3}, "got a int for a picture"),
+        ({"image": [None]}, "got a NoneType for a picture"),
+        ({"max_tokens": None}, "max_tokens must be a whole number, got None"),
+        ({"num_texts": "2"}, "num_texts must be a whole number, got '2'"),
+        ({"num_texts": 10**9, "temperature": 1.0}, "num_texts is 1,000,000,000, and one call makes up to"),
+        ({"heat": 1}, "unknown option 'heat'"),
+    ],
+)
+def test_wrong_types_for_texts_are_refused(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ImageToTextPipeline(tiny())(**{"image": colours(0), **wrong})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"document": None}, "got a NoneType for a picture"),
+        ({"document": ["a", 5]}, "got a int for a picture"),
+        ({"to": None}, "got a NoneType for `to`; give the name of a modality, or a list of them"),
+        ({"to": [["image"]]}, "got a list for a modality of `to`"),
+        ({"to": "sound"}, "no modality 'sound'"),
+        ({"max_tokens": None}, "max_tokens must be a whole number, got None"),
+        ({"sampling": 3}, "got a int for sampling; give a mapping from modality to Sampling"),
+        ({"sampling": {"image": 3}}, "got a int for the sampling of 'image'; give a Sampling"),
+    ],
+)
+def test_wrong_types_for_documents_are_refused(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        AnyToAnyPipeline(tiny())(**{"document": "a", **wrong})
+
+
+def test_whole_numbers_of_numpy() -> None:
+    painter = TextToImagePipeline(tiny(), batch_size=np.int64(2))  # type: ignore[arg-type]
+    out = painter("red", seed=np.int64(3), num_images=np.int32(2))  # type: ignore[arg-type]
+    assert ids(out) == ids(painter("red", seed=3, num_images=2)) and type(out.seed) is int
+    with pytest.raises(ValueError, match="batch_size must be a whole number, got '4'"):
+        TextToImagePipeline(painter.model, batch_size="4")  # type: ignore[arg-type]
 
 
 def test_large_pictures_are_not_in_memory_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import IO, Any
 
 import torch
 from PIL import Image
@@ -12,12 +12,12 @@ from PIL import Image
 from mm.generation import Request
 from mm.interfaces import Sampling
 from mm.layout import Segment
-from mm.pipelines.base import Callback, Pipeline, check_count, choose_seed
+from mm.pipelines.base import Callback, Pipeline, check_count, choose_seed, several
 from mm.pipelines.outputs import AnyOutput
 
-Part = str | os.PathLike[str] | Image.Image
-"""A text (str), or a picture: the path of a file as `pathlib.Path`, or a PIL picture."""
-Document = str | Image.Image | Sequence[Part]
+Part = str | os.PathLike[str] | bytes | IO[bytes] | Image.Image
+"""A text (str), or a picture: the path of a file as `pathlib.Path`, its bytes, an open binary file, or a PIL picture."""
+Document = Part | Sequence[Part]
 
 
 class AnyToAnyPipeline(Pipeline):
@@ -28,7 +28,7 @@ class AnyToAnyPipeline(Pipeline):
         self,
         document: Document | Sequence[Sequence[Part]],
         *,
-        to: Sequence[str] = (),
+        to: str | Sequence[str] = (),
         free: bool = True,
         max_tokens: int = 256,
         sampling: Mapping[str, Sampling] | None = None,
@@ -40,7 +40,7 @@ class AnyToAnyPipeline(Pipeline):
 
         Args:
             document: texts and pictures in reading order. Strings are text; give paths as `pathlib.Path`.
-            to: modalities of which one item each is generated first, whatever the model would have opened.
+            to: a modality or several, of which one item each is generated first, whatever the model would have opened.
             free: the model may open pictures by itself; otherwise it writes text only (after `to`).
             max_tokens: positions generated at the most (after `to`).
             sampling: by modality, where it differs from what the checkpoint recommends.
@@ -50,16 +50,22 @@ class AnyToAnyPipeline(Pipeline):
             ValueError: an empty document, a modality that the model lacks, or more than its context holds.
         """
         seed = choose_seed(seed, generator)
-        check_count("max_tokens", max_tokens)
+        max_tokens = check_count("max_tokens", max_tokens)
         items = []
-        for name in to:
+        for name in several(to, (str,), "`to`; give the name of a modality"):
+            if not isinstance(name, str):
+                raise ValueError(f"got a {type(name).__name__} for a modality of `to`; give its name")
             grid = self.model.vocabulary[name].max_grid
             if not grid:
                 raise ValueError(f"{name!r} has no items of a fixed size to begin with; text is written anyway")
             items.append((name, grid))
+        if not isinstance(sampling, Mapping | None):
+            raise ValueError(f"got a {type(sampling).__name__} for sampling; give a mapping from modality to Sampling")
         chosen = {name: self.sampling(name, {}) for name in self.model.vocabulary.index} | dict(sampling or {})
-        for name in chosen:
+        for name, value in chosen.items():
             self.model.vocabulary[name]  # refuses a modality that the model lacks
+            if not isinstance(value, Sampling):
+                raise ValueError(f"got a {type(value).__name__} for the sampling of {name!r}; give a Sampling")
         requests = [
             Request(prompt=prompt, items=items, free=free, max_tokens=max_tokens, by_modality=chosen)
             for prompt in self.encode(documents(document))

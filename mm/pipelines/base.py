@@ -4,12 +4,13 @@ bounded size."""
 from __future__ import annotations
 
 import hashlib
+import operator
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, TypedDict, TypeVar
+from typing import IO, Any, Literal, TypedDict, TypeVar
 
 import torch
 from PIL import Image
@@ -24,8 +25,10 @@ from mm.model import MultimodalModel
 
 P = TypeVar("P", bound="Pipeline")
 Callback = Callable[[Event], None]
-Picture = str | os.PathLike[str] | Image.Image
-"""A path or a PIL picture."""
+Picture = str | os.PathLike[str] | bytes | IO[bytes] | Image.Image
+"""A path, the bytes of a file, an open binary file, or a PIL picture."""
+MOST = 100_000
+"""Most results of one call: they are kept until all are there."""
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -54,8 +57,7 @@ class Pipeline:
     def __init__(
         self, model: MultimodalModel, sampling: Mapping[str, Sampling] | None = None, batch_size: int = 32
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        batch_size = check_count("batch_size", batch_size)
         self.model, self.recommended, self.batch_size = model.eval(), dict(sampling or {}), batch_size
 
     @classmethod
@@ -109,7 +111,11 @@ class Pipeline:
         return self.model.modalities[self.model.vocabulary.index[name]].tokenizer
 
     def sampling(self, name: str, options: Mapping[str, Any], fallback: Sampling | None = None) -> Sampling:
-        """Sampling of a modality: what the call says, else what the checkpoint recommends, else `fallback`."""
+        """Sampling of a modality: what the call says, else what the checkpoint recommends, else `fallback`. Raises
+        `ValueError` for an unknown option."""
+        known = SamplingOptions.__annotations__
+        if unknown := [option for option in options if option not in known]:
+            raise ValueError(f"unknown option {unknown[0]!r}; options of sampling are {', '.join(known)}")
         return replace(self.recommended.get(name, fallback or Sampling()), **options)
 
     # --- shared steps -----------------------------------------------------------------------------------------------
@@ -150,6 +156,7 @@ class Pipeline:
         they follow from `seed`, the prompt, and how many rows before had this prompt, so neither the other prompts
         nor the batch size change a result, and equal prompts give different ones. `callback` sees each step; `row`
         counts through all batches."""
+        seed = choose_seed(seed, None)
         seen: Counter[bytes] = Counter()
         seeded = []
         for request in requests:
@@ -183,19 +190,48 @@ def _devices() -> str:
 
 def choose_seed(seed: int | None, generator: torch.Generator | None) -> int:
     """The seed of a call: given, drawn from the given generator, or from torch's global one."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise ValueError(f"generator must be a torch.Generator, got a {type(generator).__name__}; or give a seed")
     if seed is not None and generator is not None:
         raise ValueError("got both seed and generator; give one of them")
     if seed is None:
         return int(torch.randint(1 << 31, (), generator=generator, device=generator.device if generator else "cpu"))
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 1 << 63:
-        raise ValueError(f"seed must be a whole number from 0 to 2^63 - 1, got {seed!r}")
-    return seed
+    number = whole(seed)
+    if number is None or not 0 <= number < 1 << 63:
+        raise ValueError(f"seed must be a whole number from 0 to 2^63 - 1, got {seed!r:.60}")
+    return number
 
 
-def check_count(name: str, value: int) -> int:
-    if value < 1:
+def whole(value: Any) -> int | None:
+    """A whole number of any library as Python's; None for what is none."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
+
+
+def check_count(name: str, value: int, each: int = 0) -> int:
+    """A number of at least 1; of results of which so many are made for `each` input, all together no more than `MOST`."""
+    number = whole(value)
+    if number is None:
+        raise ValueError(f"{name} must be a whole number, got {value!r:.60}")
+    if number < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
-    return value
+    if number * each > MOST:
+        of = f" for each of {each}" if each > 1 else ""
+        raise ValueError(
+            f"{name} is {number:,}{of}, and one call makes up to {MOST:,}; ask for fewer, in several calls"
+        )
+    return number
+
+
+def several(value: Any, one: tuple[type, ...], what: str) -> list[Any]:
+    """One or several, as several. Raises `ValueError` for what is neither; `what` names one, and what to give."""
+    if isinstance(value, one) or hasattr(value, "read"):  # an open file, which would be read line by line
+        return [value]
+    if isinstance(value, Mapping | str | bytes) or not isinstance(value, Iterable):
+        raise ValueError(f"got a {type(value).__name__} for {what}, or a list of them")
+    return list(value)
 
 
 def _digest(prompt: Sequence[Segment]) -> bytes:

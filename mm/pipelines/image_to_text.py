@@ -12,7 +12,7 @@ from PIL import Image
 from mm.generation import Request
 from mm.interfaces import Encoded, Sampling
 from mm.layout import Segment
-from mm.pipelines.base import Callback, Picture, Pipeline, SamplingOptions, check_count, choose_seed
+from mm.pipelines.base import Callback, Picture, Pipeline, SamplingOptions, check_count, choose_seed, several
 from mm.pipelines.outputs import TextOutput
 
 
@@ -35,7 +35,7 @@ class ImageToTextPipeline(Pipeline):
         """Texts for one picture or several. By default the likeliest token each time (temperature 0).
 
         Args:
-            image: paths or PIL pictures.
+            image: paths, bytes of files, open binary files, or PIL pictures.
             prompt: how the text begins; it is not repeated in the output.
             num_texts: texts a picture; more than one need a temperature above 0.
             max_tokens: the longest text, in tokens.
@@ -45,7 +45,9 @@ class ImageToTextPipeline(Pipeline):
             ValueError: a picture that can't be loaded, or settings that make no sense for text.
         """
         seed = choose_seed(seed, generator)
-        images = [image] if isinstance(image, str | os.PathLike | Image.Image) else list(image)
+        one = (str, os.PathLike, bytes, bytearray, memoryview, Image.Image)
+        images = several(image, one, "a picture; give a path, bytes, a binary file, a PIL picture")
+        num_texts = check_count("num_texts", num_texts, len(images))
         chosen = self.sampling(self.text, sampling, Sampling(temperature=0.0))
         if num_texts > 1 and chosen.temperature == 0:
             raise ValueError(f"num_texts={num_texts} at temperature 0 gives equal texts; set temperature above 0")
@@ -78,8 +80,8 @@ class ImageToTextPipeline(Pipeline):
         callback: Callback | None = None,
     ) -> list[Encoded]:
         """Tokens of `num_texts` texts for each encoded picture."""
-        check_count("num_texts", num_texts)
-        check_count("max_tokens", max_tokens)
+        num_texts = check_count("num_texts", num_texts, len(prompts))
+        max_tokens = check_count("max_tokens", max_tokens)
         requests = [
             Request(prompt=prompt, max_tokens=max_tokens, sampling=sampling or Sampling(temperature=0.0))
             for prompt in prompts

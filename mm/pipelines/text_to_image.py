@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import NoneType
 from typing import Unpack
 
 import numpy as np
@@ -15,7 +16,7 @@ from mm.generation import Request
 from mm.interfaces import Encoded, Sampling
 from mm.layout import NULL, Segment
 from mm.media import load_image
-from mm.pipelines.base import Callback, Picture, Pipeline, SamplingOptions, check_count, choose_seed
+from mm.pipelines.base import Callback, Picture, Pipeline, SamplingOptions, check_count, choose_seed, several
 from mm.pipelines.outputs import ImageOutput
 
 Known = tuple[Tensor, Tensor]
@@ -41,7 +42,7 @@ class TextToImagePipeline(Pipeline):
 
         Args:
             prompt: what the pictures show; None: anything.
-            num_images: pictures a prompt.
+            num_images: pictures a prompt; up to 100,000 in one call.
             image: a picture of which a part is kept, together with `mask`.
             mask: white (or any bright value) where the picture is to be drawn anew, black where it is kept.
             seed: the n-th picture of a prompt depends on the seed alone, not on the other prompts.
@@ -54,7 +55,8 @@ class TextToImagePipeline(Pipeline):
                 that the model's order can't honour (raster order keeps the upper part only).
         """
         seed = choose_seed(seed, generator)
-        prompts = [prompt] if prompt is None or isinstance(prompt, str) else list(prompt)
+        prompts = several(prompt, (str, NoneType), "a prompt; give a string, None")
+        num_images = check_count("num_images", num_images, len(prompts))
         known = None
         if image is not None and mask is not None:
             known = self.known(image, mask)
@@ -96,7 +98,7 @@ class TextToImagePipeline(Pipeline):
     ) -> list[Encoded]:
         """Tokens of `num_images` pictures for each encoded prompt. `grid`: rows and columns of tokens, by default the
         largest that the tokenizer knows; `known`: what `known` returned."""
-        check_count("num_images", num_images)
+        num_images = check_count("num_images", num_images, len(prompts))
         rows, columns = grid or self._grid
         requests = [
             Request(
