@@ -195,7 +195,7 @@ def spelled(wanted: Any) -> str:
     return words.get(wanted, "an object" if origin in (dict, Mapping) else str(wanted))
 
 
-def check_arguments(cls: type, values: Mapping[str, Any], place: str) -> None:
+def check_arguments(cls: Any, values: Mapping[str, Any], place: str) -> None:
     """Raises `ValueError` for the first argument that isn't what the constructor's annotations want: most plug-ins
     would take it, and fail much later."""
     try:

@@ -83,7 +83,7 @@ def read(folder: Path, names: set[str]) -> dict[str, Any]:
         values = value if many and isinstance(value, list) and 0 < len(value) <= 32 else [value]
         kind = str if name in TEXTS else (int, float) if name in FLOATS else int
         if (many and values is not value) or any(
-            isinstance(v, bool) or not isinstance(v, kind) or (kind is not str and not abs(v) <= MAX_NUMBER)
+            isinstance(v, bool) or not isinstance(v, kind) or (not isinstance(v, str) and not abs(v) <= MAX_NUMBER)
             for v in values
         ):
             raise ValueError(f"{file} has a wrong value for {name}: {str(value)[:60]!r}")
