@@ -31,9 +31,11 @@ setup-bench: $(STAMPS)/bench ## the same with the peers of `make bench`
 
 demo: $(STAMPS)/run ## pictures for a prompt and a caption for a picture, from the model that ships with the package
 	@mkdir -p $(OUT)
-	$(BIN)/mm generate "red apple" --to image --num 16 --seed 0 --out $(OUT)/red-apple.png
+	$(BIN)/mm generate "red apple" --to image --num 4 --seed 0 --out $(OUT)/red-apple.png
+	$(BIN)/mm generate "handwritten digit seven" --to image --num 12 --seed 0 --out $(OUT)/seven.png
 	$(BIN)/mm generate --to text --from $(OUT)/red-apple-01.png --seed 0 --out $(OUT)/red-apple.txt
-	@printf 'The pictures: %s   The first of them in words: ' $(OUT)/red-apple.png; cat $(OUT)/red-apple.txt; echo
+	@printf 'The pictures: %s and %s   The first of them in words: ' $(OUT)/red-apple.png $(OUT)/seven.png; \
+		cat $(OUT)/red-apple.txt; echo
 
 app: $(STAMPS)/run ## the demo in a browser (ARGS="--port 8000" and the like; Ctrl+C ends it)
 	$(BIN)/mm app $(ARGS)
