@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mm.data.convert import write_shards
-from mm.data.documents import ImageToText, Mixture, TextOnly, TextToImage
+from mm.data.documents import ImageToText, Interleaved, Mixture, TextOnly, TextToImage
 from mm.data.feeds import DocumentMaker, MixtureFeed, Part
 from mm.data.loader import PackedLoader, estimate_batches
 from mm.data.packing import Packer
@@ -262,10 +262,37 @@ def test_broken_examples_are_counted_or_raise(tmp_path: Path, num_workers: int) 
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_strict_source_raises_in_a_loader_that_is_not(tmp_path: Path, num_workers: int) -> None:
+    path = write_shards(entries(20, broken=7), tmp_path)[0]
+    part = Part(source=ShardSource(path, strict=True), template=TextToImage(drop=0))
+    loader = PackedLoader(MixtureFeed([part], maker(), epochs=1), 300, num_workers=num_workers)
+    with pytest.raises(ValueError, match="^data-000000.tar: 0007.png: the picture is damaged or not a picture"):
+        list(loader)
+
+
+def test_an_example_that_lacks_a_field_is_skipped(tmp_path: Path) -> None:
+    def imperfect() -> Iterator[tuple[str, dict[str, bytes]]]:
+        yield from entries(4)
+        _, whole = next(entries(1))
+        yield "no caption", {"png": whole["png"]}
+        yield "null caption", {"png": whole["png"], "json": b'{"caption": null}'}
+        yield "no picture", {"json": whole["json"]}
+        yield "nothing", {"json": b"{}"}
+
+    path = write_shards(imperfect(), tmp_path)[0]
+    for template in (TextToImage(drop=0), Mixture([ImageToText()]), Interleaved(["text", "image"])):
+        loader = PackedLoader(MixtureFeed([Part(source=ShardSource(path), template=template)], maker(), epochs=1), 300)
+        with pytest.warns(UserWarning, match="skipped 1 examples so far; the last: example '.*' has no field"):
+            assert sum(batch.num_documents for batch in loader) == 4
+        assert loader.skipped == 4
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_mistake_in_the_setup_raises_one_sentence(shard: Path, num_workers: int) -> None:
     part = Part(source=ShardSource(shard, caption="{nope}"), template=TextOnly())
     loader = PackedLoader(MixtureFeed([part], maker()), 300, batches=1, num_workers=num_workers)
-    with pytest.raises(ValueError, match="^example '0[0-9]+' has no field 'nope'"):
+    message = "^100 examples in a row can't be used; the last: example '0[0-9]+' has no field 'nope'"
+    with pytest.warns(UserWarning, match="skipped"), pytest.raises(ValueError, match=message):
         next(iter(loader))
 
 

@@ -236,3 +236,13 @@ def test_a_member_of_impossible_size_ends_the_shard(shards: list[str], where: st
         header = bytearray(info.tobuf(tarfile.PAX_FORMAT))
     members = list(StreamingShards("x.tar")._members(Counted(bytes(header) + Path(shards[0]).read_bytes()), "x.tar"))
     assert len(members) == 1 and "at most 1,125,899,906,842,624 make sense" in str(members[0]["data"])
+
+
+def test_a_strict_stream_raises_in_a_loader_that_is_not(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        info = tarfile.TarInfo("a.json")
+        info.size = 3
+        tar.addfile(info, io.BytesIO(b"[1]"))
+    part = Part(source=StreamingShards(str(tmp_path / "x.tar"), strict=True), template=TextOnly())
+    with pytest.raises(ValueError, match="^[^ ]*a.json holds a JSON list; it needs an object$"):
+        next(iter(PackedLoader(StreamFeed(part, DocumentMaker(causal)), 100, batches=1)))

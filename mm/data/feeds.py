@@ -7,6 +7,7 @@ at any time, and nothing depends on which process makes it.
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
 import io
 import itertools
@@ -206,11 +207,13 @@ class MixtureFeed(Feed, Dataset[Chunk]):
         return build_chunk(number + 1, [((n,), partial(self.document, n)) for n in range(first, last)])
 
     def document(self, number: int) -> TokenStream:
-        """The document with this number of this rank."""
+        """The document with this number of this rank. Raises `BrokenExample`, or `ValueError` where its source is
+        strict."""
         place = number * self.world + self.rank
         part, index = self.locate(*divmod(place, self.epoch_length))
         source = _random_access(part.source)
-        return self.make(source[index], part.template, (place,))
+        with _strictly(source):
+            return self.make(source[index], part.template, (place,))
 
     def locate(self, epoch: int, place: int) -> tuple[Part, int]:
         """Which example stands at a place of an epoch."""
@@ -288,9 +291,10 @@ class StreamFeed(Feed, IterableDataset[Chunk]):
             yield build_chunk((lane, (epoch, shard, index + 1)), makers)
 
     def _make(self, lane: int, place: Place, example: Example | BrokenExample) -> TokenStream:
-        if isinstance(example, BrokenExample):
-            raise example
-        return self.make(example, self.template, (self.rank, lane, *place))
+        with _strictly(self.source):
+            if isinstance(example, BrokenExample):
+                raise example
+            return self.make(example, self.template, (self.rank, lane, *place))
 
     def fetch(self, refs: Sequence[Ref], cursor: Cursor) -> list[TokenStream]:
         found: dict[Ref, TokenStream] = {}
@@ -303,6 +307,17 @@ class StreamFeed(Feed, IterableDataset[Chunk]):
                 if not wanted:
                     break
         return [found[ref] for ref in refs]
+
+
+@contextlib.contextmanager
+def _strictly(source: Source | StreamingShards) -> Iterator[None]:
+    """Of a strict source, a broken example is an error rather than one to skip."""
+    try:
+        yield
+    except BrokenExample as error:
+        if source.strict:
+            raise ValueError(str(error)) from error
+        raise
 
 
 def _random_access(source: Source | StreamingShards) -> Source:
