@@ -66,8 +66,17 @@ def open_source(path: str, caption: str | None) -> Source:
 
 
 def _texts(source: Source, progress: Any) -> list[str]:
-    out = []
+    """Broken examples are skipped with one counted warning, as for shards."""
+    from mm.data.example import BrokenExample, warn_skipped
+
+    out: list[str] = []
+    skipped: list[str] = []
     for index in range(len(source)):
-        out.append(str(source[index]["text"]))
+        try:
+            out.append(str(source[index]["text"]))
+        except BrokenExample as error:
+            skipped.append(str(error))
         progress(index + 1, len(source))
+    if skipped:
+        warn_skipped(source.what, len(skipped), len(source), skipped[0])
     return out

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from mm.data.example import BrokenExample
 from mm.layout import NULL, Segment
 
 
@@ -26,7 +27,7 @@ class Template(abc.ABC):
 
     @abc.abstractmethod
     def __call__(self, example: Mapping[str, Any], rng: torch.Generator) -> list[Segment]:
-        """Raises `ValueError` for a field that the example lacks."""
+        """Raises `BrokenExample` for a field that the example lacks."""
 
 
 def happens(probability: float, rng: torch.Generator) -> bool:
@@ -143,7 +144,7 @@ class Interleaved(Template):
                 modality = self.modalities.get(field, "text" if isinstance(item, str) else "image")
                 document.append(Segment(modality, item, loss=loss))
         if not document:
-            raise ValueError(f"example {example.get('key', '?')!r} has nothing in the fields {self.fields}")
+            raise BrokenExample(f"example {example.get('key', '?')!r} has nothing in the fields {self.fields}")
         return document
 
 

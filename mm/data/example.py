@@ -39,8 +39,9 @@ class Example(dict[str, Any]):
         return value
 
     def __missing__(self, name: str) -> Any:
+        """Raises `BrokenExample`: one example without a picture or a caption must not end a long run."""
         known = ", ".join(sorted(self))
-        raise ValueError(f"example {super().get('key', '?')!r} has no field {name!r}; it has: {known}")
+        raise BrokenExample(f"example {super().get('key', '?')!r} has no field {name!r}; it has: {known}")
 
     def get(self, name: str, default: Any = None) -> Any:
         return self[name] if name in self else default
@@ -183,7 +184,8 @@ def holdout_keys(keys: Iterable[str], every: int) -> set[str]:
 class Caption:
     """Makes `text` from the other fields. Attribute and index access in the format is refused: fields are plain data.
 
-    Raises `ValueError` on construction for a malformed format, and on use for a field that the example lacks.
+    Raises `ValueError` on construction for a malformed format, and `BrokenExample` on use for a field that the example
+    lacks.
     """
 
     def __init__(self, template: str | None) -> None:
@@ -214,7 +216,7 @@ class Caption:
                 value = value.load()
             if value is None:
                 known = ", ".join(sorted(set(fields) - {"image", "key"}))
-                raise ValueError(
+                raise BrokenExample(
                     f"example {fields['key']!r} has no field {name!r} to make its text of; it has: {known or 'none'}; "
                     "set caption to a format over these"
                 )
