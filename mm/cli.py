@@ -6,8 +6,11 @@ Commands live in modules with `main(argv) -> exit status`, imported when asked f
 from __future__ import annotations
 
 import difflib
+import os
 import sys
+import warnings
 from importlib.util import find_spec
+from typing import Any
 
 COMMANDS = {
     "generate": ("mm.commands.generate", "pictures or text for a prompt, from a checkpoint"),
@@ -28,8 +31,26 @@ LIGHTNING = ("fit", "validate", "test", "predict")
 def main(argv: list[str] | None = None) -> int:
     """Run `mm` with the given arguments (by default the program's). Returns the exit status: 2 for a user's mistake."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    show, warnings.showwarning = warnings.showwarning, _show_warning
+    try:
+        return _run(arguments)
+    except BrokenPipeError as error:
+        if not _is_read("\n"):
+            return 0
+        if "--debug" in arguments:
+            raise
+        print(f"mm: {error}", file=sys.stderr)  # some other pipe
+        return 2
+    finally:
+        warnings.showwarning = show
+        _is_read()
+
+
+def _run(arguments: list[str]) -> int:
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
+    if arguments[:1] == ["help"] and len(arguments) > 1:
+        arguments = [arguments[1], "--help"]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage())
         return 0
@@ -48,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
         module = __import__(known[name][0], fromlist=["main"])
         return int(module.main(arguments if name in LIGHTNING else arguments[1:]) or 0)
     except (ValueError, OSError) as error:
-        if debug:
+        if debug or isinstance(error, BrokenPipeError):
             raise
         print(f"mm {name}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -57,6 +78,28 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"mm {name}: interrupted", file=sys.stderr)
         return 130
+
+
+def _is_read(text: str = "") -> bool:
+    """Whether somebody still reads what is printed. Who reads through `head` has seen enough: that is no mistake, and what
+    is left unread must not fail once more when the program ends."""
+    try:
+        print(end=text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False
+    return True
+
+
+def _show_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, *more: Any) -> None:
+    """Warnings of mm are for its users, who need no line of its source; others look as they do everywhere."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__") == "warnings":
+        frame = frame.f_back  # the file name is that of some caller, which may be anybody's
+    if frame.f_globals.get("__name__", "").partition(".")[0] == "mm":
+        print(f"mm: warning: {' '.join(str(message).split())}", file=sys.stderr)
+    else:
+        print(warnings.formatwarning(message, category, filename, lineno), end="", file=sys.stderr)
 
 
 def commands() -> dict[str, tuple[str, str]]:

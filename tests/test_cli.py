@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from PIL import Image
 from mm import hub
 from mm.cli import COMMANDS, commands, main
 from mm.commands.generate import slug, unused
+from mm.commands.list import title
 from mm.interfaces import Sampling
 from mm.media import load_image
 from mm.orders.masked import Masked
@@ -72,6 +75,43 @@ def test_version_and_unknown_commands(capsys: pytest.CaptureFixture[str]) -> Non
     assert run("generat") == 2
     assert "did you mean 'generate'" in capsys.readouterr().err
     assert run() == 0 and "usage: mm" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run("help", "generate")
+    assert capsys.readouterr().out.startswith("usage: mm generate")
+    assert run("help", "generat") == 2 and "did you mean 'generate'" in capsys.readouterr().err
+    assert run("help") == 0 and "usage: mm COMMAND" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["list", "systems"], ["generate", "--help"], ["--help"]])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_has_seen_enough_is_no_mistake(arguments: list[str], unbuffered: str) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"import sys; from mm.cli import main; sys.exit(main({arguments!r}))"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+    )  # fmt: skip
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    with process.stderr:
+        assert (process.stderr.read(), process.wait()) == (b"", 0)
+
+
+def test_warnings_of_ours_are_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from mm.commands import list as command
+    from mm.data.example import warn_skipped
+
+    def warn(argv: list[str]) -> int:
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            warn_skipped("'a.tar'", 1, 3, "b.png: cut\nshort")
+            warnings.warn("of others", stacklevel=1)
+        return 0
+
+    monkeypatch.setattr(command, "main", warn)
+    before = warnings.showwarning
+    assert run("list") == 0 and warnings.showwarning is before
+    first, others = capsys.readouterr().err.split("\n", 1)
+    assert first == "mm: warning: 'a.tar': skipped 1 of 3 examples as broken; the first: b.png: cut short"
+    assert "UserWarning: of others" in others
 
 
 def test_mistakes_are_one_sentence_and_debug_shows_where(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -270,6 +310,16 @@ def test_list(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert all(found[kind].values()), "every plug-in says what it is"
     assert set(found["systems"]) == {path.stem for path in (SHIPPED / "systems").glob("*.yaml")}
     assert found["checkpoints"] == {"mm-tiny": "Small pictures", "raster": ""}
+    card = here / "named" / "README.md"
+    card.parent.mkdir()
+    for text, expected in (
+        ("# named\n\nSmall pictures,\nroughly. More of it.\n", "Small pictures, roughly"),
+        ("# named\n", ""),
+        ("# Named\n\nText.", "Named"),
+        ("Text.", ""),
+    ):
+        card.write_text(text)
+        assert title(card) == expected
     assert run("list", "checkpoints") == 0
     assert capsys.readouterr().out == "checkpoints:\n  mm-tiny  Small pictures\n  raster\n"
 

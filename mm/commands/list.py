@@ -70,11 +70,13 @@ def comment(file: Path) -> str:
 
 
 def title(file: Path) -> str:
-    """The heading of a model card."""
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
-        if line.startswith("# "):
-            return line.removeprefix("# ")
-    return ""
+    """The heading of a model card; the first sentence below it where the heading is but the checkpoint's name."""
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    _, found, below = ("\n" + text).partition("\n# ")
+    if not found:
+        return ""
+    heading, _, rest = below.partition("\n")
+    return heading.strip() if heading.strip() != file.parent.name else sentence(rest.strip())
 
 
 def sentence(text: str) -> str:
