@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import tarfile
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -13,7 +15,7 @@ import numpy as np
 
 from mm.data.example import BrokenExample, Lazy, Source, warn_skipped
 from mm.data.shards import decode_picture
-from mm.data.sources import DIGIT_NAMES, DigitsSource
+from mm.data.sources import DIGIT_NAMES, MAX_DIGIT_SIZE, DigitsSource
 from mm.safe_io import atomic_file
 
 Progress = Callable[[int, int], None]
@@ -26,14 +28,34 @@ def write_shards(
 ) -> list[Path]:
     """Write examples to `out`/`prefix`-000000.tar and so on; returns the paths. The bytes depend on the entries alone.
 
-    Keys are cleaned so that other tools group and extract the files safely. Raises `ValueError` if there is no entry.
+    Keys are cleaned so that other tools group and extract the files safely. The shards come into the folder once all
+    are written; older ones of the same names are replaced. Raises `ValueError` if there is no entry, or if older shards
+    would stay beside the new ones.
     """
     if per_shard < 1:
         raise ValueError(f"a shard needs at least one example, got per_shard {per_shard}")
+    folder = Path(out)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{str(folder)!r} is a file; give the name of a folder to write")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", suffix=".tmp", dir=folder) as temporary:
+        written = _write(entries, Path(temporary), prefix, per_shard)
+        names = {path.name for path in written}
+        pattern = re.compile(rf"{re.escape(prefix)}-\d{{6}}\.tar")
+        older = sorted(p.name for p in folder.iterdir() if pattern.fullmatch(p.name) and p.name not in names)
+        if older:  # they may be somebody's only copy, so they aren't removed here
+            raise ValueError(
+                f"{str(folder)!r} holds {older[0]} (older shards: {len(older)}), which would mix with the "
+                f"{len(written)} new ones; remove the older ones or give another folder; nothing was written"
+            )
+        return [path.replace(folder / path.name) for path in written]
+
+
+def _write(entries: Iterator[Entry], folder: Path, prefix: str, per_shard: int) -> list[Path]:
     paths: list[Path] = []
     entry = next(entries, None)
     while entry is not None:
-        path = Path(out) / f"{prefix}-{len(paths):06d}.tar"
+        path = folder / f"{prefix}-{len(paths):06d}.tar"
         with atomic_file(path) as temporary, tarfile.open(temporary, mode="w") as tar:
             previous, count = "", 0
             while entry is not None and count < per_shard:
@@ -145,8 +167,10 @@ def make_digits(
     """
     if npz is not None:
         return to_shards(DigitsSource(npz, size), out, prefix="digits", progress=progress)
-    if count < 1 or size < 8:
-        raise ValueError(f"make_digits needs count >= 1 and size >= 8, got {count} and {size}")
+    if count < 1 or not 8 <= size <= MAX_DIGIT_SIZE:
+        raise ValueError(f"make_digits needs count >= 1 and size 8 to {MAX_DIGIT_SIZE}, got {count} and {size}")
+    if seed < 0:
+        raise ValueError(f"make_digits needs a seed >= 0, got {seed}; give 0 or a larger number")
     return write_shards(_drawn(count, size, seed, progress), out, prefix="digits")
 
 

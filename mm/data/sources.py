@@ -27,6 +27,8 @@ from mm.data.shards import (
 __all__ = ["DigitsSource", "FolderSource", "HFSource", "ShardSource"]
 
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+MAX_DIGIT_SIZE = 512
+"""Largest side of a picture of a digit: beyond, a mistyped size would fill the memory."""
 
 
 class FolderSource(Source):
@@ -212,6 +214,8 @@ class DigitsSource(Source):
 
     def __init__(self, path: str | Path, size: int = 32, **options: Any) -> None:
         super().__init__(**options)
+        if not 1 <= size <= MAX_DIGIT_SIZE:
+            raise ValueError(f"digits are drawn with size 1 to {MAX_DIGIT_SIZE}, got {size}")
         arrays = load_arrays(Path(path), ("images", "labels"))
         images, labels = arrays["images"], arrays["labels"]
         fits = images.ndim == 3 and images.dtype == "uint8" and labels.shape == images.shape[:1]
