@@ -244,5 +244,5 @@ def test_a_strict_stream_raises_in_a_loader_that_is_not(tmp_path: Path) -> None:
         info.size = 3
         tar.addfile(info, io.BytesIO(b"[1]"))
     part = Part(source=StreamingShards(str(tmp_path / "x.tar"), strict=True), template=TextOnly())
-    with pytest.raises(ValueError, match="^[^ ]*a.json holds a JSON list; it needs an object$"):
+    with pytest.raises(ValueError, match="^[^ ]*: a.json holds a JSON list; it needs an object$"):
         next(iter(PackedLoader(StreamFeed(part, DocumentMaker(causal)), 100, batches=1)))
