@@ -1,7 +1,9 @@
 """One contract for every tokenizer that the plug-in finder finds. A new file in tokenizers/ is tested by being there.
 
 It has a classmethod `tiny()` that makes a small instance without files, and the first part of its name says what it
-takes: `text_…`, `image_…`. A new kind of raw data needs an entry in `RAW` below.
+takes: `text_…`, `image_…`. One of another kind of raw data has a classmethod `examples() -> list`: two or more items that
+`encode` takes, the first two with different tokens, all of one type, which `decode` gives back. Without either it is
+skipped.
 """
 
 from __future__ import annotations
@@ -41,7 +43,21 @@ RAW: dict[str, tuple[list[Any], type]] = {
 
 
 def raws(name: str) -> list[Any]:
-    return RAW[name.split("_")[0]][0]
+    """The tokenizer's own examples, or those of the kind that its name begins with."""
+    own = getattr(plugins.load("tokenizers", name), "examples", None)
+    kind = name.split("_")[0]
+    if own is not None:
+        return list(own())
+    if kind not in RAW:
+        pytest.skip(
+            f"{name} doesn't say what it takes: it needs a classmethod examples() -> list, or a name text_…, image_…"
+        )
+    return RAW[kind][0]
+
+
+def type_of(name: str) -> type:
+    kind = name.split("_")[0]
+    return RAW[kind][1] if kind in RAW else type(raws(name)[0])
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -135,10 +151,10 @@ def test_round_trip(name: str, tokenizer: ModalityTokenizer) -> None:
         encoded = tokenizer.encode(raw)
         decoded = tokenizer.decode(encoded)
         assert decoded.valid and not decoded.reason
-        assert isinstance(decoded.value, RAW[name.split("_")[0]][1])
+        assert isinstance(decoded.value, type_of(name))
         if isinstance(raw, str):
             assert decoded.value == raw
-        else:
+        elif isinstance(raw, Image.Image):
             assert decoded.value.mode == "RGB"
             width, height = decoded.value.size
             assert width * encoded.grid[0] == height * encoded.grid[1], "rows and columns have the same scale"
@@ -182,7 +198,7 @@ def test_a_legal_grid_of_random_tokens_is_valid(name: str, tokenizer: ModalityTo
     spec = tokenizer.spec
     if not spec.max_grid:
         # Random ids of text need not be text, but those of one letter each are.
-        item = tokenizer.encode("abc")
+        item = tokenizer.encode("abc" if type_of(name) is str else raws(name)[0])
         assert tokenizer.decode(item).valid
         return
     for grid in (spec.max_grid, (1,) * len(spec.max_grid)):
@@ -204,7 +220,7 @@ def test_ids_outside_the_vocabulary_are_reported(name: str, tokenizer: ModalityT
 
 
 def check(decoded: Decoded, name: str) -> None:
-    assert isinstance(decoded.value, RAW[name.split("_")[0]][1])
+    assert isinstance(decoded.value, type_of(name))
     assert decoded.valid == (decoded.reason == ""), "what is not valid says why"
     if isinstance(decoded.value, Image.Image):
         assert min(decoded.value.size) >= 1
@@ -256,3 +272,52 @@ def check_same(name: str, tokenizer: ModalityTokenizer, again: ModalityTokenizer
         encoded = tokenizer.encode(raw)
         assert torch.equal(again.encode(raw).content, encoded.content)
         assert same(again.decode(encoded).value, tokenizer.decode(encoded).value)
+
+
+class Thermometer(ModalityTokenizer):
+    """Temperatures as tenths of a degree: neither a text nor a picture."""
+
+    @classmethod
+    def tiny(cls) -> Thermometer:
+        return cls()
+
+    @classmethod
+    def examples(cls) -> list[list[float]]:
+        return [[21.5, -3.0], [0.0], []]
+
+    @property
+    def spec(self) -> Spec:
+        return Spec(kind="discrete", vocab_size=1001, fingerprint="tenths-1")
+
+    def encode(self, raw: list[float]) -> Encoded:
+        ids = (torch.tensor(raw) * 10).round().clamp(-500, 500).long() + 500
+        return Encoded(grid=(len(raw),), ids=ids)
+
+    def decode(self, encoded: Encoded) -> Decoded:
+        assert encoded.ids is not None
+        inside = encoded.ids.clamp(0, 1000)
+        reason = "" if torch.equal(inside, encoded.ids) else "an id outside the scale"
+        return Decoded(value=((inside - 500) / 10).tolist(), valid=not reason, reason=reason)
+
+
+class Silent(Thermometer):
+    examples = None  # type: ignore[assignment]
+
+
+CONTRACT = [
+    test_spec, test_encode, test_different_inputs_differ, test_deterministic, test_round_trip,
+    test_batches_equal_single_items, test_decode_is_total, test_a_legal_grid_of_random_tokens_is_valid,
+    test_ids_outside_the_vocabulary_are_reported, test_fingerprint_follows_the_weights, test_pickles,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("test", CONTRACT, ids=lambda test: test.__name__)
+def test_other_kinds_of_raw_data_bring_examples(test: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plugins, "load", lambda kind, name: Thermometer)
+    test("thermometer", Thermometer())
+
+
+def test_without_examples_it_is_skipped_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plugins, "load", lambda kind, name: Silent)
+    with pytest.raises(pytest.skip.Exception, match=r"silent doesn't say what it takes: .* examples\(\) -> list"):
+        test_encode("silent", Silent())
