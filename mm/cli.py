@@ -10,7 +10,7 @@ import os
 import sys
 import warnings
 from importlib.util import find_spec
-from typing import Any
+from typing import TextIO
 
 COMMANDS = {
     "generate": ("mm.commands.generate", "pictures or text for a prompt, from a checkpoint"),
@@ -91,7 +91,14 @@ def _is_read(text: str = "") -> bool:
     return True
 
 
-def _show_warning(message: Warning | str, category: type[Warning], filename: str, lineno: int, *more: Any) -> None:
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
     """Warnings of mm are for its users, who need no line of its source; others look as they do everywhere."""
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__") == "warnings":
@@ -99,7 +106,7 @@ def _show_warning(message: Warning | str, category: type[Warning], filename: str
     if frame.f_globals.get("__name__", "").partition(".")[0] == "mm":
         print(f"mm: warning: {' '.join(str(message).split())}", file=sys.stderr)
     else:
-        print(warnings.formatwarning(message, category, filename, lineno), end="", file=sys.stderr)
+        print(warnings.formatwarning(message, category, filename, lineno, line), end="", file=file or sys.stderr)
 
 
 def commands() -> dict[str, tuple[str, str]]:

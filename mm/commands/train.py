@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
 
     from jsonargparse import ArgumentError, set_parsing_settings
     from lightning.fabric.utilities.exceptions import MisconfigurationException
-    from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+    from lightning.pytorch import LightningDataModule, LightningModule
     from lightning.pytorch.callbacks import ModelCheckpoint
     from lightning.pytorch.cli import LightningCLI
     from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
