@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
-
 import torch
 from torch import Tensor
 
@@ -29,17 +27,23 @@ def matrix_rate(width: int, positions: int = 1024, rounds: int = 9) -> float:
 
 
 def bandwidth(width: int, rounds: int = 5) -> float:
-    """GB/s at which products of a vector with `width`×`width` matrices read them, as decoding does: the median of
-    several rounds over `STREAMED` bytes."""
+    """GB/s at which memory gives weights away: the best of several rounds over `STREAMED` bytes, of three ways to read them
+    (products of a vector with `width`×`width` matrices stored by rows or by columns, and plain sums), for a limit is what
+    nothing exceeds."""
     weights = [torch.randn(width, width) for _ in range(max(1, STREAMED // (4 * width * width)))]
     x = torch.randn(1, width)
 
-    def run() -> Tensor:
-        with torch.inference_mode():
-            for weight in weights:
-                out = torch.mm(x, weight)
-        return out
+    def by_rows() -> list[Tensor]:
+        return [torch.mm(x, weight) for weight in weights]
 
-    run()
+    def by_columns() -> list[Tensor]:
+        return [torch.mm(x, weight.t()) for weight in weights]
+
+    def sums() -> list[Tensor]:
+        return [weight.sum() for weight in weights]
+
     total = sum(weight.numel() * 4 for weight in weights)
-    return total / statistics.median(seconds(run) for _ in range(rounds)) / 1e9
+    with torch.inference_mode():
+        for run in (ways := (by_rows, by_columns, sums)):
+            run()
+        return total / min(seconds(run) for run in ways for _ in range(rounds)) / 1e9
