@@ -318,7 +318,7 @@ def test_large_pictures_are_not_in_memory_at_once(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(tokenizer, "encode_batch", encode)
     monkeypatch.setattr(base, "load_image", lambda picture: loaded.append(picture) or load_image(picture))
-    monkeypatch.setattr(base, "MAX_PIXELS", 40)
+    monkeypatch.setattr(base, "AT_ONCE", 40)
     pictures = [colours(n) for n in range(7)]  # of 16 pixels
     segments = reader.encode_pictures(pictures)
     assert sizes == [(3, 3), (6, 3), (7, 1)], "three reach the limit, and none is loaded before they are encoded"

@@ -20,13 +20,15 @@ from mm import hub
 from mm.generation import Engine, Event, Request
 from mm.interfaces import Encoded, ModalityTokenizer, Sampling
 from mm.layout import Segment
-from mm.media import MAX_PIXELS, load_image
+from mm.media import load_image
 from mm.model import MultimodalModel
 
 P = TypeVar("P", bound="Pipeline")
 Callback = Callable[[Event], None]
 Picture = str | os.PathLike[str] | bytes | IO[bytes] | Image.Image
 """A path, the bytes of a file, an open binary file, or a PIL picture."""
+AT_ONCE = 1 << 24
+"""Pixels of given pictures at which no more are loaded before these are encoded (4096 × 4096)."""
 MOST = 100_000
 """Most results of one call: they are kept until all are there."""
 
@@ -137,7 +139,7 @@ class Pipeline:
         for number, picture in enumerate(pictures, 1):
             batch.append(load_image(picture))
             pixels += batch[-1].width * batch[-1].height
-            if len(batch) == self.batch_size or pixels >= MAX_PIXELS or number == len(pictures):
+            if len(batch) == self.batch_size or pixels >= AT_ONCE or number == len(pictures):
                 encoded += tokenizer.encode_batch(batch)
                 batch, pixels = [], 0  # large pictures must not all be in memory at once
         return [Segment(self.picture, item, loss=False) for item in encoded]
