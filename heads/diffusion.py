@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mm.denoiser import Denoiser
 from mm.diffusion import Plan, Process, Sampler
+from mm.heads._vectors import check_continuous
 from mm.interfaces import Draw, Head, Sampling, Spec
 
 
@@ -60,10 +61,7 @@ class DiffusionHead(Head):
         self.learned_variance = learned_variance
 
     def build(self, *, width: int, spec: Spec, controls: int = 0) -> None:
-        if spec.kind != "continuous":
-            raise ValueError(f"a diffusion head predicts vectors, but this tokenizer is {spec.kind}; give it an LMHead")
-        if controls:
-            raise ValueError("the host modality must be discrete: its head also predicts the control tokens")
+        check_continuous("diffusion", spec, controls)
         self.dim = spec.dim
         out = spec.dim * (2 if self.learned_variance else 1)
         self.net = Denoiser(spec.dim, width, self.width or width, self.blocks, out)

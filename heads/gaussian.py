@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mm.heads.regression import check_continuous, guided, mlp
+from mm.heads._vectors import check_continuous, guided, mlp
 from mm.interfaces import Draw, Head, Spec
 
 
