@@ -16,7 +16,7 @@ Letters in shapes: K steps, n rows, D width.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -354,29 +354,32 @@ class Plan:
     ) -> Float[Tensor, "n D"]:
         """From noise to data. `predict(x, k)` is the network at step k: (n, D), or (n, 2·D) if it predicts the variance too."""
         given = iter(noise)
-        x = next(given)
-        width = x.shape[-1]
-        remember = any(step.memory for step in self.steps)
-        clean: Tensor | None = None
-        for k, step in enumerate(self.steps):
-            y = predict(x, k)
-            extra = None
-            if y.shape[-1] != width:
-                y, extra = y.split(width, dim=-1)
-            moved = (x * step.x).add_(y, alpha=step.y)
-            if step.memory:
-                assert clean is not None
-                moved.add_(clean, alpha=step.memory)
-            if remember:
-                clean = (x * step.clean_x).add_(y, alpha=step.clean_y)
-            if step.fresh:
-                fresh = next(given)
-                if extra is None:
-                    moved.add_(fresh, alpha=step.fresh)
-                else:
-                    moved.addcmul_(fresh, _deviation(extra, step))
-            x = moved
+        x, clean = next(given), None
+        for k in range(len(self.steps)):
+            x, clean = self.advance(k, x, predict(x, k), clean, given)
         return x
+
+    def advance(
+        self, k: int, x: Float[Tensor, "n D"], y: Tensor, clean: Tensor | None, noise: Iterator[Tensor]
+    ) -> tuple[Float[Tensor, "n D"], Tensor | None]:
+        """Step k: x after it, and the clean estimate if the next step needs it. `clean`: that of the step before."""
+        step, extra = self.steps[k], None
+        if y.shape[-1] != x.shape[-1]:
+            y, extra = y.split(x.shape[-1], dim=-1)
+        moved = (x * step.x).add_(y, alpha=step.y)
+        if step.memory:
+            assert clean is not None
+            moved.add_(clean, alpha=step.memory)
+        remembered = None
+        if k + 1 < len(self.steps) and self.steps[k + 1].memory:
+            remembered = (x * step.clean_x).add_(y, alpha=step.clean_y)
+        if step.fresh:
+            fresh = next(noise)
+            if extra is None:
+                moved.add_(fresh, alpha=step.fresh)
+            else:
+                moved.addcmul_(fresh, _deviation(extra, step))
+        return moved, remembered
 
     def transition(
         self, predict: Callable[[Tensor, int], Tensor], x: Float[Tensor, "n D"], k: int

@@ -252,9 +252,10 @@ class Order(Configured, abc.ABC):
         sampling: Sampling,
         rng: torch.Generator,
         known: tuple[Tensor, Bool[Tensor, " N"]] | None = None,
+        dim: int = 0,
     ) -> Session:
         """The step plan that generates one item of this grid. `known` = (content, which of it is given): inpainting, prefix
-        completion; orders that cannot honour it raise `ValueError`."""
+        completion; orders that cannot honour it raise `ValueError`. `dim`: width of its vectors; 0 = it has ids."""
 
 
 class Session(abc.ABC):
@@ -267,6 +268,11 @@ class Session(abc.ABC):
     @abc.abstractmethod
     def accept(self, sample: Tensor, log_prob: Float[Tensor, " n"] | None) -> None:
         """The head's draws for the elements that `propose` asked about, and the log-probability of each (untempered)."""
+
+    def settled(self) -> Layout | None:
+        """Elements that are final since the last call and enter the cache now, before the item is complete, laid out clean.
+        Autoregressive sessions leave this to the engine."""
+        return None
 
     @abc.abstractmethod
     def content(self) -> Tensor:

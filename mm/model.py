@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mm.attention import AttentionPlan, Packed
 from mm.backbone import Backbone, BackboneConfig, Float32Buffers
+from mm.diffusion import Process
 from mm.grammar import Grammar
 from mm.interfaces import Head, Modality
 from mm.layout import DocumentBuilder
@@ -85,8 +86,21 @@ class MultimodalModel(nn.Module):
 
     # --- forward ----------------------------------------------------------------------------------------------------
 
-    def embed(self, stream: TokenStream) -> Float[Tensor, "T W"]:
-        """What the backbone reads: the truth corrupted to each position's time."""
+    def draw_noise(self, stream: TokenStream) -> dict[str, Tensor]:
+        """Noise for the vectors that the backbone itself denoises, by modality (those whose order has a process)."""
+        return {
+            name: torch.randn_like(record.values)
+            for name, record in stream.latents.items()
+            if self.process(self.vocabulary.index[name]) is not None
+        }
+
+    def process(self, number: int) -> Process | None:
+        """What a modality's positions are corrupted with at a time between 0 and 1; None: they are hidden (masked order)."""
+        return getattr(self.modalities[number].order, "process", None)
+
+    def embed(self, stream: TokenStream, noise: Mapping[str, Tensor] | None = None) -> Float[Tensor, "T W"]:
+        """What the backbone reads: the truth corrupted to each position's time. Without `noise`, vectors that the backbone
+        denoises are taken to be corrupted already (generation)."""
         if stream.codes or stream.latents:
             x = F.embedding(stream.ids.clamp(min=0), self.embedding.weight) * (stream.ids >= 0)[:, None]
             for name, record in stream.codes.items():
@@ -96,19 +110,29 @@ class MultimodalModel(nn.Module):
                 valid = (record.values >= 0)[..., None]
                 x = x.index_add(0, record.index, (table(shifted.clamp(min=0)) * valid).sum(1).to(x.dtype))
             for name, record in stream.latents.items():
-                linear = self.latent_embeddings[name]
-                x = x.index_add(0, record.index, linear(record.values.to(linear.weight.dtype)).to(x.dtype))
+                linear, values = cast(nn.Linear, self.latent_embeddings[name]), record.values
+                if noise is not None and name in noise:
+                    process = self.process(self.vocabulary.index[name])
+                    assert process is not None
+                    values = process.corrupt(values, noise[name], stream.time[record.index])
+                x = x.index_add(0, record.index, linear(values.to(linear.weight.dtype)).to(x.dtype))
         else:
             x = self.embedding(stream.ids)
-        if bool((stream.time > 0).any()):
-            x = torch.where((stream.time > 0)[:, None], self.mask(stream.modality), x)
+        hidden = stream.time > 0
+        if bool(hidden.any()):
+            for number in range(len(self.modalities)):
+                if self.process(number) is not None:
+                    hidden = hidden & (stream.modality != number)
+            x = torch.where(hidden[:, None], self.mask(stream.modality), x)
         for name, record in stream.inject.items():
             x = x.index_add(0, record.index, self.inject[name](record.values).to(x.dtype))
         return x
 
-    def forward(self, stream: TokenStream, plan: AttentionPlan | None = None) -> Float[Tensor, "T W"]:
-        """Hidden state of every position; `plan` defaults to attention inside the packed documents."""
-        return self.backbone(self.embed(stream), stream.position, plan or Packed(stream), stream.time)
+    def forward(
+        self, stream: TokenStream, plan: AttentionPlan | None = None, noise: Mapping[str, Tensor] | None = None
+    ) -> Float[Tensor, "T W"]:
+        """Hidden state of every position; `plan` defaults to attention inside the packed documents, `noise` as `embed`."""
+        return self.backbone(self.embed(stream, noise), stream.position, plan or Packed(stream), stream.time)
 
     def logits(self, stream: TokenStream, name: str) -> Tensor:
         """Teacher-forced logits of one modality's head at every position."""
@@ -121,9 +145,10 @@ class MultimodalModel(nn.Module):
         """Routing: the head of `modality[target[p]]` gets hidden state p. `counts` (predicted positions by modality) replaces
         the batch's own, when the mean is to be taken over several ranks."""
         raw, weighted, count = {}, {}, {}
-        hidden = self(stream)
+        noise = self.draw_noise(stream)
+        hidden = self(stream, noise=noise)
         total = hidden.sum() * 0.0
-        for name, source, losses in self.losses(stream, hidden):
+        for name, source, losses in self.losses(stream, hidden, noise):
             weight = stream.weight[source]
             denominator = counts[name] if counts is not None else len(source)
             raw[name] = losses.detach().sum() / denominator
@@ -133,9 +158,10 @@ class MultimodalModel(nn.Module):
         return LossReport(total, raw, weighted, count)
 
     def losses(
-        self, stream: TokenStream, hidden: Float[Tensor, "T W"]
+        self, stream: TokenStream, hidden: Float[Tensor, "T W"], noise: Mapping[str, Tensor] | None = None
     ) -> Iterator[tuple[str, Int[Tensor, " n"], Float[Tensor, " n"]]]:
-        """For each modality that is predicted: its name, the positions that predict it, and the loss of each."""
+        """For each modality that is predicted: its name, the positions that predict it, and the loss of each. `noise` is
+        what the hidden states were made with."""
         predicting = (stream.target >= 0).nonzero()[:, 0]
         target = stream.target[predicting]
         owner = stream.modality[target]
@@ -143,7 +169,7 @@ class MultimodalModel(nn.Module):
             places = (owner == number).nonzero()[:, 0] if len(self.modalities) > 1 else torch.arange(len(owner))
             if len(places):
                 source = predicting[places]
-                truth = self.truth(stream, number, target[places])
+                truth = self.truth(stream, number, target[places], noise)
                 yield modality.name, source, self.head(modality.name).loss(hidden[source], truth)
 
     def untouched(self) -> Float[Tensor, ""]:
@@ -155,15 +181,21 @@ class MultimodalModel(nn.Module):
         parameters = [p for part in parts for p in part.parameters() if p.requires_grad]
         return torch.stack([0.0 * p[(0,) * p.ndim] for p in parameters]).sum() if parameters else torch.zeros(())
 
-    def truth(self, stream: TokenStream, number: int, places: Int[Tensor, " n"]) -> Tensor:
-        """Content at the given positions as the modality's head wants it: local ids, sub-codes, or vectors."""
+    def truth(
+        self, stream: TokenStream, number: int, places: Int[Tensor, " n"], noise: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """What the modality's head is to predict at the given positions: local ids, sub-codes, vectors, or what the process
+        asks of them."""
         entry = self.vocabulary.entries[number]
         if entry.kind == "discrete":
             return stream.ids[places] - entry.start
         record = (stream.codes if entry.kind == "codes" else stream.latents)[entry.name]
         where = torch.full((len(stream),), -1, device=stream.device)
         where[record.index] = torch.arange(len(record.index), device=stream.device)
-        return record.values[where[places]]
+        values, process = record.values[where[places]], self.process(number)
+        if process is not None and noise is not None and entry.name in noise:
+            return process.target(values, noise[entry.name][where[places]], stream.time[places])
+        return values
 
 
 class Conditions(Float32Buffers):

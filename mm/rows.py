@@ -262,9 +262,11 @@ class Row:
     def _begin_session(self) -> None:
         modality = self.model.modalities[self.item]
         known, self.known = self.known, None
-        self.session = modality.order.session(self.grid, self._sampling(modality.name), self.generator, known)
+        dim, sampling = modality.tokenizer.spec.dim, self._sampling(modality.name)
+        self.session = modality.order.session(self.grid, sampling, self.generator, known, dim)
         self.places = coordinates(self.grid).tolist()
-        self.state, self.head, self.fed = "item", self.item, 0
+        self.state, self.head, self.fed, self.orders = "item", self.item, 0, 0
+        self._settle()
         self.proposal = self.session.propose()
         if self.proposal is None:
             self._advance()
@@ -272,6 +274,26 @@ class Row:
         if self.proposal.autoregressive:
             for token in self.session.content():
                 self._feed_element(token)
+
+    def _settle(self) -> None:
+        """What has become final before its item is complete enters the cache with the next pass."""
+        assert self.session is not None
+        layout = self.session.settled()
+        if layout is not None:
+            for track in self._tracks():
+                self._feed_layout(track, self.session.content(), layout)
+            self.fed += len(layout.element)
+            self.orders = max(self.orders, int(layout.order.max()) + 1)
+
+    def _feed_layout(self, track: Track, content: Tensor, layout: Layout) -> None:
+        """Clean elements of the open item, and what is injected beside them."""
+        first = len(track.ids)
+        places = zip(content[layout.element], layout.order.tolist(), layout.position.tolist(), strict=True)
+        for token, order, place in places:
+            track.element(self.entry, self.item, token, order, place)
+        for name, vectors in layout.inject.items():
+            for where, vector in enumerate(vectors, first):
+                track.record("inject", name, vector, where)
 
     @property
     def entry(self) -> Entry:
@@ -282,6 +304,7 @@ class Row:
         for track in self._tracks():
             track.element(self.entry, self.item, token, self.fed, self.places[self.fed])
         self.fed += 1
+        self.orders = self.fed
 
     def _close(self) -> None:
         """The item is complete: keep it clean in the cache, end it, drop the twin."""
@@ -294,17 +317,10 @@ class Row:
         else:
             encoded = Encoded(grid=self.grid, ids=content, micro=micro)
         self.segments.append(Segment(modality.name, encoded))
-        orders = self.fed
+        orders = self.orders
         if not self.fed:
             layout = modality.order.layout(encoded, context=True, rng=self.generator)
-            first = len(self.main.ids)
-            for token, offset, place in zip(
-                content[layout.element], layout.order.tolist(), layout.position.tolist(), strict=True
-            ):
-                self.main.element(self.entry, self.item, token, offset, place)
-            for name, vectors in layout.inject.items():
-                for place, vector in enumerate(vectors, first):
-                    self.main.record("inject", name, vector, place)
+            self._feed_layout(self.main, content, layout)
             orders = int(layout.order.max()) + 1
         self.main.leave(orders, max(max(place) for place in self.places) + 1.0)
         self.main.controls([self.vocabulary.end(modality.name)])
@@ -342,8 +358,6 @@ class Row:
             return [track.flush(None) for track in self._tracks()]
         layout, content = proposal.layout, proposal.content
         assert layout is not None and content is not None
-        if self.entry.kind == "continuous" and content.ndim == 1:  # nothing is known yet, not even how wide it is
-            content = torch.zeros(len(content), self.model.modalities[self.item].tokenizer.spec.dim)
         read = (layout.target >= 0).nonzero()[:, 0]
         return [track.scratch(self.entry, self.item, content, layout, read) for track in self._tracks()]
 
@@ -380,6 +394,7 @@ class Row:
             session.accept(tokens, log_prob)
             if self.proposal is not None and self.proposal.autoregressive:
                 self._feed_element(tokens[0])
+            self._settle()
             self._advance()
             done = self.proposal.done if self.session is session and self.proposal is not None else 1.0
             self.news = (name, session.content, done)

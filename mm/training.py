@@ -90,7 +90,8 @@ class ModelTraining(pl.LightningModule):
         """For every document its mean loss a predicted position, and how many there are, by modality (nats: a document's
         likelihood is exp of minus the sum)."""
         rows: list[dict[str, Any]] = [{} for _ in range(batch.num_documents)]
-        for name, source, losses in self.model.losses(batch, self.model(batch)):
+        noise = self.model.draw_noise(batch)
+        for name, source, losses in self.model.losses(batch, self.model(batch, noise=noise), noise):
             document = batch.document[source]
             count = torch.bincount(document, minlength=len(rows))
             summed = torch.zeros(len(rows), device=losses.device).index_add_(0, document, losses.float())

@@ -118,8 +118,9 @@ class Masked(Order):
         sampling: Sampling,
         rng: torch.Generator,
         known: tuple[Tensor, Bool[Tensor, " N"]] | None = None,
+        dim: int = 0,
     ) -> Session:
-        return MaskedSession(self, grid, sampling.steps or self.default_steps, rng, known)
+        return MaskedSession(self, grid, sampling.steps or self.default_steps, rng, known, dim)
 
 
 class MaskedSession(Session):
@@ -132,11 +133,12 @@ class MaskedSession(Session):
         steps: int,
         rng: torch.Generator,
         known: tuple[Tensor, Tensor] | None,
+        dim: int,
     ) -> None:
         self.order, self.grid, self.steps, self.rng = order, grid, steps, rng
         self.count = math.prod(grid)
         self.step = 0
-        self.values: Tensor | None = None
+        self.values = torch.zeros(self.count, dim) if dim else torch.zeros(self.count, dtype=torch.int64)
         self.hidden = torch.ones(self.count, dtype=torch.bool)
         if known is not None:
             content, given = known
@@ -168,7 +170,10 @@ class MaskedSession(Session):
         return Proposal(autoregressive=False, done=done, content=self.content(), layout=layout)
 
     def accept(self, sample: Tensor, log_prob: Float[Tensor, " n"] | None) -> None:
-        if self.values is None:
+        if (self.values.shape[1:], self.values.dtype) != (
+            sample.shape[1:],
+            sample.dtype,
+        ):  # sub-codes, at the first step
             self.values = torch.zeros((self.count, *sample.shape[1:]), dtype=sample.dtype)
         self.values = self.values.clone()  # what `content` gave out before stays as it was
         asked = self._asked()
@@ -190,7 +195,7 @@ class MaskedSession(Session):
         self.hidden[open_places[worst]] = True
 
     def content(self) -> Tensor:
-        return torch.zeros(self.count, dtype=torch.int64) if self.values is None else self.values
+        return self.values
 
 
 def remaining(count: int, hidden: int, step: int, steps: int) -> int:

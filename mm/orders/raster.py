@@ -42,6 +42,7 @@ class Raster(Order):
         sampling: Sampling,
         rng: torch.Generator,
         known: tuple[Tensor, Bool[Tensor, " N"]] | None = None,
+        dim: int = 0,
     ) -> Session:
         return RasterSession(grid, known)
 

@@ -1,0 +1,194 @@
+"""Blocks: vectors made block by block, all of a block at once, with the backbone as the denoiser (Transfusion, ARDiT, ViD-GPT).
+
+In training every block stands there twice: clean (copy 0, time 0) and noisy (copy 1, time t, one t a block). Both have the
+block's order, so by the rule of visibility a noisy block sees all clean blocks before it and itself, never its own clean
+copy; and what comes after sees clean blocks only. The noisy copy predicts what the process asks of its own truth.
+
+In generation a block starts as noise; each step of the sampler is one pass over its positions, which are not kept; then its
+clean elements are fed once and stay in the cache (Liu et al. 2024, ARDiT, section 3.3: N + 1 passes a block).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from mm.diffusion import Process, Sampler
+from mm.grid import coordinates
+from mm.interfaces import Encoded, Layout, Order, Proposal, Sampling, Session
+
+TIME = "denoising_time"
+
+
+class Blocks(Order):
+    """The head of the modality predicts what `process` asks for: `mm.heads.regression.RegressionHead`.
+
+    Args:
+        block: elements of a block; 0 = the whole item is one (Transfusion).
+        shift: in training the blocks begin at a random place (ARDiT), so that every element stands everywhere in a block.
+        process: from data to noise.
+        sampler: from noise to data, unless `Sampling.denoising_steps` asks for another number of steps.
+        time_condition: the backbone is told a noisy position's time by a vector that is added to it. Not needed where it
+            has AdaLN (`backbone: {adaln: true}`).
+    """
+
+    def __init__(
+        self,
+        block: int = 0,
+        shift: bool = True,
+        process: Process | Mapping[str, Any] | None = None,
+        sampler: Sampler | Mapping[str, Any] | None = None,
+        time_condition: bool = True,
+    ) -> None:
+        if block < 0:
+            raise ValueError(f"a block has at least one element (0: the whole item is one), got {block}")
+        self.block, self.shift, self.time_condition = block, shift, time_condition
+        self.process = Process(**process) if isinstance(process, Mapping) else process or Process()
+        self.sampler = Sampler(**sampler) if isinstance(sampler, Mapping) else sampler or Sampler()
+        self.sampler.plan(self.process)  # a pair that can't work is refused now
+
+    def blocks(self, count: int, begin: int = 0) -> Int[Tensor, " N"]:
+        """The block of each element; the first block is `begin` elements shorter than the others."""
+        if not self.block:
+            return torch.zeros(count, dtype=torch.int64)
+        return (torch.arange(count) + begin) // self.block
+
+    def layout(self, encoded: Encoded, *, context: bool, rng: torch.Generator) -> Layout:
+        count = len(encoded)
+        element, place = torch.arange(count), coordinates(encoded.grid)
+        if context:
+            return self.positions(element, self.blocks(count), place, torch.zeros(count), noisy=False)
+        begin = int(torch.randint(self.block, (), generator=rng)) if self.shift and self.block > 1 else 0
+        block = self.blocks(count, begin)
+        time = self.process.draw_time(int(block.max()) + 1 if count else 0, rng)[block]
+        clean = self.positions(element, block, place, torch.zeros(count), noisy=False)
+        noisy = self.positions(element, block, place, time, noisy=True)
+        return Layout(
+            element=torch.cat((element, element)),
+            order=torch.cat((block, block)),
+            position=torch.cat((place, place)),
+            time=torch.cat((clean.time, noisy.time)),
+            copy=torch.cat((clean.copy, noisy.copy)),
+            target=torch.cat((clean.target, torch.arange(count, 2 * count))),
+            enters=False,
+            inject={name: torch.cat((clean.inject[name], noisy.inject[name])) for name in clean.inject},
+        )
+
+    def positions(
+        self, element: Tensor, block: Tensor, place: Float[Tensor, "P 3"], time: Float[Tensor, " P"], *, noisy: bool
+    ) -> Layout:
+        """One copy of some elements; noisy ones are read."""
+        where = torch.arange(len(element))
+        return Layout(
+            element=element,
+            order=block,
+            position=place,
+            time=time,
+            copy=torch.full_like(element, int(noisy)),
+            target=where if noisy else torch.full_like(element, -1),
+            enters=False,
+            inject={TIME: time[:, None]} if self.time_condition else {},
+        )
+
+    @property
+    def conditions(self) -> dict[str, int]:
+        return {TIME: 1} if self.time_condition else {}
+
+    def session(
+        self,
+        grid: tuple[int, ...],
+        sampling: Sampling,
+        rng: torch.Generator,
+        known: tuple[Tensor, Bool[Tensor, " N"]] | None = None,
+        dim: int = 0,
+    ) -> Session:
+        if not dim:
+            raise ValueError("the blocks order makes vectors; this tokenizer has ids: give it raster or masked order")
+        return BlocksSession(self, grid, sampling, rng, known, dim)
+
+
+class BlocksSession(Session):
+    """Block after block. Given elements must fill blocks at the beginning, and are fed clean."""
+
+    def __init__(
+        self,
+        order: Blocks,
+        grid: tuple[int, ...],
+        sampling: Sampling,
+        rng: torch.Generator,
+        known: tuple[Tensor, Tensor] | None,
+        dim: int,
+    ) -> None:
+        self.order, self.rng, self.dim = order, rng, dim
+        steps = sampling.denoising_steps
+        sampler = order.sampler if not steps else Sampler(**{**vars(order.sampler), "steps": steps})
+        self.plan, self.temperature = sampler.plan(order.process), sampling.temperature
+        self.count, self.place = math.prod(grid), coordinates(grid)
+        self.block = order.blocks(self.count)
+        self.total = int(self.block.max()) + 1
+        self.values = torch.zeros(self.count, dim)
+        self.current, self.step, self.fresh = 0, 0, list[int]()
+        if known is not None:
+            self._give(*known)
+        self._begin()
+
+    def _give(self, content: Tensor, given: Tensor) -> None:
+        if len(given) != self.count or len(content) != self.count:
+            raise ValueError(
+                f"given elements cover {len(content)} and {len(given)} places, but the grid has {self.count}"
+            )
+        whole = [bool(given[self.block == number].all()) for number in range(self.total)]
+        first = whole.index(False) if False in whole else self.total
+        if int(given.sum()) != int((self.block < first).sum()):
+            raise ValueError(
+                f"the blocks order can keep given elements only as whole blocks at the start: {first} of {self.total} "
+                f"blocks are, but {int(given.sum())} elements are given"
+            )
+        self.values[self.block < first] = content[self.block < first].float()
+        self.current, self.fresh = first, (self.block < first).nonzero()[:, 0].tolist()
+
+    def _begin(self) -> None:
+        """Noise for the current block."""
+        if self.current >= self.total:
+            return
+        rows = int((self.block == self.current).sum())
+        self.noise = iter(self.plan.noise(rows, self.dim, self.rng, self.temperature))
+        self.x, self.step, self.memory = next(self.noise), 0, None
+
+    def settled(self) -> Layout | None:
+        if not self.fresh:
+            return None
+        element, self.fresh = torch.tensor(self.fresh), []
+        zero = torch.zeros(len(element))
+        return self.order.positions(element, self.block[element], self.place[element], zero, noisy=False)
+
+    def propose(self) -> Proposal | None:
+        if self.current >= self.total:
+            return None
+        element = (self.block == self.current).nonzero()[:, 0]
+        time = self.plan.time[self.step].expand(len(element))
+        layout = self.order.positions(element, self.block[element], self.place[element], time, noisy=True)
+        done = (self.current + self.step / len(self.plan.steps)) / self.total
+        content = self.values.clone()
+        content[element] = self.x
+        return Proposal(autoregressive=False, done=done, content=content, layout=layout)
+
+    def accept(self, sample: Tensor, log_prob: Tensor | None) -> None:
+        """One step of the sampler with the head's prediction."""
+        self.x, self.memory = self.plan.advance(self.step, self.x, sample, self.memory, self.noise)
+        self.step += 1
+        if self.step == len(self.plan.steps):
+            element = (self.block == self.current).nonzero()[:, 0]
+            self.values = self.values.clone()
+            self.values[element] = self.x
+            self.fresh += element.tolist()
+            self.current += 1
+            self._begin()
+
+    def content(self) -> Tensor:
+        return self.values
