@@ -158,7 +158,8 @@ class BlocksSession(Session):
             return
         rows = int((self.block == self.current).sum())
         self.noise = iter(self.plan.noise(rows, self.dim, self.rng, self.temperature))
-        self.x, self.step, self.memory = next(self.noise), 0, None
+        self.x, self.step = next(self.noise), 0
+        self.memory: Tensor | None = None
 
     def settled(self) -> Layout | None:
         if not self.fresh:
