@@ -19,8 +19,9 @@ from mm.decoding import SingleStep
 from mm.interfaces import Draw, Encoded, Sampling
 from mm.layout import NULL, Segment
 from mm.model import MultimodalModel
-from mm.rows import Feed, Row, gather_records
+from mm.rows import Row
 from mm.stream import TokenStream
+from mm.tracks import Feed, gather_records
 
 
 @dataclass(frozen=True, kw_only=True)

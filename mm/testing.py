@@ -18,8 +18,8 @@ from mm.generation import Engine, Request, assemble
 from mm.interfaces import Decoded, Encoded, Head, Modality, ModalityTokenizer, Order, Spec
 from mm.layout import Segment
 from mm.model import MultimodalModel
-from mm.rows import Feed
 from mm.stream import TokenStream, pack
+from mm.tracks import Feed
 
 
 class Palette(ModalityTokenizer):

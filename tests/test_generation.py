@@ -19,9 +19,9 @@ from mm.layout import Segment
 from mm.model import MultimodalModel
 from mm.orders.masked import Masked
 from mm.orders.raster import Raster
-from mm.rows import Feed
 from mm.testing import Palette, Uncached, tiny
 from mm.tokenizers.text_bytes import TextBytes
+from mm.tracks import Feed
 
 Result = list[list[tuple[str, tuple[int, ...], list[int]]]]
 PICTURE = Encoded(grid=(2, 2), ids=torch.tensor([3, 1, 4, 1]))

@@ -229,7 +229,7 @@ def test_one_sub_code_keeps_its_axis() -> None:
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
         ({"top_p": 1.5}, "got 1.5"),
         ({"top_k": -1}, "top_k.* must be"),
-        ({"steps": -1}, "got 0 and -1"),
+        ({"steps": -1}, "got 0, -1 and 0"),
         ({"guidance_interval": (0.5, 0.2)}, "guidance_interval must satisfy"),
     ],
 )

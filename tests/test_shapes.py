@@ -62,8 +62,20 @@ else:
     raise AssertionError("shapes are not checked")
 
 picture = Image.effect_noise((4, 4), 90).convert("RGB")
-for order in plugins.available("orders"):
-    model = tiny(plugins.load("orders", order)())
+def systems():
+    # every order with ids and with vectors, as far as it takes them, and every head
+    load = plugins.load
+    for order in plugins.available("orders"):
+        if order != "blocks":
+            yield tiny(load("orders", order)())
+    patches, diffusion = load("tokenizers", "image_patches"), load("heads", "diffusion")
+    cases = [("raster", {}, diffusion(width=8, blocks=1, sampler={"steps": 2})),
+             ("masked", {"choice": "random", "steps": 2}, load("heads", "gaussian")()),
+             ("blocks", {"block": 2, "sampler": {"steps": 2}}, load("heads", "regression")())]
+    for order, settings, head in cases:
+        yield tiny(load("orders", order)(**settings), tokenizer=patches(size=4, patch=2), head=head)
+
+for model in systems():
     rng = torch.Generator().manual_seed(0)
     documents = [[Segment("text", "red"), Segment("image", picture)], [Segment("image", picture), Segment("text", "a")]]
     streams = [model.build_document(document, rng) for document in documents]

@@ -1,0 +1,157 @@
+"""What one sequence of the engine feeds in a pass: its positions with their tokens, orders, coordinates and records."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mm.interfaces import Layout
+from mm.stream import Placed
+
+if TYPE_CHECKING:
+    from mm.vocabulary import Entry
+
+Records = dict[tuple[str, str], tuple[Tensor, Tensor]]
+"""(kind of record, name) → values, and the places among a feed's positions where they stand."""
+
+
+@dataclass(kw_only=True)
+class Feed:
+    """Positions that one row (or its unconditional twin) feeds in one pass."""
+
+    row: int
+    twin: bool
+    modality: list[int]
+    ids: list[int]
+    order: list[int]
+    position: list[tuple[float, float, float]]
+    copy: list[int] | None = None
+    time: Tensor | None = None
+    records: Records = field(default_factory=dict)
+    keep: bool = True
+    read: str | Tensor | None = None
+    """Hidden states the row samples from: `"last"`, indices, or none."""
+    reset: bool = False
+    """The twin starts anew."""
+
+    @property
+    def plain(self) -> bool:
+        """One clean position to be kept."""
+        return len(self.ids) == 1 and self.keep and self.copy is None and self.time is None
+
+    def slot(self, rows: int) -> int:
+        """Row of the cache: twins stand behind all rows."""
+        return self.row + rows if self.twin else self.row
+
+
+class Track:
+    """Where one sequence stands (next order, next coordinate) and what waits to be fed."""
+
+    def __init__(self, row: int, twin: bool) -> None:
+        self.row, self.twin = row, twin
+        self.order, self.cursor, self.length = 0, 0.0, 0
+        self.fresh = True
+        self._clear()
+
+    def _clear(self) -> None:
+        self.modality: list[int] = []
+        self.ids: list[int] = []
+        self.orders: list[int] = []
+        self.position: list[tuple[float, float, float]] = []
+        self.records: dict[tuple[str, str], tuple[list[Tensor], list[int]]] = {}
+
+    def record(self, kind: str, name: str, value: Tensor, place: int) -> None:
+        """A value of one position that waits to be fed."""
+        values, places = self.records.setdefault((kind, name), ([], []))
+        values.append(value)
+        places.append(place)
+
+    def controls(self, ids: Sequence[int]) -> None:
+        for token in ids:
+            self._push(0, token, self.order, (self.cursor,) * 3)
+            self.order += 1
+            self.cursor += 1.0
+
+    def element(self, entry: Entry, number: int, token: Tensor, offset: int, coordinate: Sequence[float]) -> None:
+        """One element of an open item; `order` and `cursor` stay at the item's beginning until `leave`."""
+        c = self.cursor
+        if entry.kind == "continuous":
+            self.record("latents", entry.name, token, len(self.ids))
+        place = (c + coordinate[0], c + coordinate[1], c + coordinate[2])
+        self._push(number, global_id(entry, token), self.order + offset, place)
+
+    def leave(self, orders: int, extent: float) -> None:
+        self.order += orders
+        self.cursor += extent
+
+    def _push(self, number: int, token: int, order: int, position: tuple[float, float, float]) -> None:
+        self.modality.append(number)
+        self.ids.append(token)
+        self.orders.append(order)
+        self.position.append(position)
+        self.length += 1
+
+    def flush(self, read: str | None) -> Feed:
+        feed = Feed(
+            row=self.row,
+            twin=self.twin,
+            modality=self.modality,
+            ids=self.ids,
+            order=self.orders,
+            position=self.position,
+            records={key: (torch.stack(v), torch.tensor(i)) for key, (v, i) in self.records.items()},
+            read=read,
+            reset=self.twin and self.fresh,
+        )
+        self.fresh = False
+        self._clear()
+        return feed
+
+    def scratch(self, entry: Entry, number: int, content: Tensor, layout: Layout, read: Tensor) -> Feed:
+        """Positions of an item under way, evaluated and not kept."""
+        held, count = content[layout.element], len(layout.element)
+        places = torch.arange(count)
+        records: Records = {("inject", name): (vectors, places) for name, vectors in layout.inject.items()}
+        if entry.kind == "continuous":
+            records["latents", entry.name] = (held, places)
+            ids = [-1] * count
+        else:
+            ids = (held + entry.start).tolist()
+        return Feed(
+            row=self.row,
+            twin=self.twin,
+            modality=[number] * count,
+            ids=ids,
+            order=(layout.order + self.order).tolist(),
+            copy=layout.copy.tolist(),
+            position=(layout.position + self.cursor).tolist(),
+            time=layout.time,
+            records=records,
+            keep=False,
+            read=read,
+        )
+
+
+def global_id(entry: Entry, token: Tensor) -> int:
+    """The vocabulary's id of an element; −1 where its content is a vector."""
+    return -1 if entry.kind == "continuous" else entry.start + int(token)
+
+
+def gather_records(feeds: Sequence[Feed], lengths: Sequence[int]) -> dict[str, dict[str, Placed]]:
+    """Records of all feeds of a pass, by kind and name, at their places in the packed stream."""
+    gathered: dict[tuple[str, str], tuple[list[Tensor], list[Tensor]]] = {}
+    base = 0
+    for feed, length in zip(feeds, lengths, strict=True):
+        for key, (vectors, index) in feed.records.items():
+            values, places = gathered.setdefault(key, ([], []))
+            values.append(vectors)
+            places.append(index + base)
+        base += length
+    out: dict[str, dict[str, Placed]] = {}
+    for (kind, name), (values, places) in gathered.items():
+        out.setdefault(kind, {})[name] = Placed(values=torch.cat(values), index=torch.cat(places))
+    return out
