@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mm.denoiser import Denoiser
-from mm.diffusion import Plan, Process, Sampler
+from mm.diffusion import Plan, Process, Sampler, settings
 from mm.heads._vectors import check_continuous
 from mm.interfaces import Draw, Head, Sampling, Spec
 
@@ -46,9 +46,7 @@ class DiffusionHead(Head):
         learned_variance: bool = False,
     ) -> None:
         super().__init__()
-        self.process = Process(**process) if isinstance(process, Mapping) else process or Process()
-        self.sampler = Sampler(**sampler) if isinstance(sampler, Mapping) else sampler or Sampler()
-        self.plans: dict[int, Plan] = {}
+        self.process, self.sampler = settings(Process, process), settings(Sampler, sampler)
         self.plan()  # a pair that can't work is refused now, not after hours of training
         if width < 0 or blocks < 1 or batch_multiplier < 1:
             raise ValueError(
@@ -67,11 +65,8 @@ class DiffusionHead(Head):
         self.net = Denoiser(spec.dim, width, self.width or width, self.blocks, out)
 
     def plan(self, steps: int = 0) -> Plan:
-        """The sampler's steps, worked out once for each number of them."""
-        if steps not in self.plans:
-            settings = self.sampler if not steps else Sampler(**{**vars(self.sampler), "steps": steps})
-            self.plans[steps] = settings.plan(self.process)
-        return self.plans[steps]
+        """The sampler's steps, or another number of them."""
+        return self.sampler.plan(self.process, steps)
 
     def loss(self, hidden: Float[Tensor, "n W"], target: Float[Tensor, "n D"]) -> Float[Tensor, " n"]:
         """Mean squared error of the prediction, over the vector and `batch_multiplier` draws. In float32, also inside

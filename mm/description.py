@@ -60,10 +60,8 @@ def class_path(kind: Kind, cls: type, place: str) -> str:
 
 def plain(value: Any, place: str, depth: int = 0) -> Any:
     """A value as JSON holds it, within bounds. The same rule judges what is written and what is read."""
-    if dataclasses.is_dataclass(value) and not isinstance(
-        value, type
-    ):  # settings, which the plug-in takes as a mapping too
-        value = dataclasses.asdict(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)  # settings, which the plug-in takes as a mapping too
     if depth > MAX_DEPTH:
         raise ValueError(f"{place} is nested deeper than {MAX_DEPTH} levels")
     if value is None or isinstance(value, bool):

@@ -16,10 +16,10 @@ Letters in shapes: K steps, n rows, D width.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from typing import Any, Literal, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -226,17 +226,10 @@ class Sampler:
             chosen = (total - torch.arange(count, dtype=torch.float64) * (total / count)).round() - 1
         return [*((chosen + 1) / total).tolist(), 0.0]
 
-    def plan(self, process: Process) -> Plan:
-        """The table of coefficients. Raises `ValueError` as `check`."""
-        self.check(process)
-        times = self.times(process)
-        levels = [_levels(process, t) for t in times]
-        steps = []
-        for k in range(self.steps):
-            before = levels[k - 1] if k else None
-            steps.append(self._step(process, times[k], times[k + 1], levels[k], levels[k + 1], before))
-        time = torch.tensor(times[:-1], dtype=torch.float64)
-        return Plan(time=time.float(), network_time=process.network_time(time).float(), steps=tuple(steps))
+    def plan(self, process: Process, steps: int = 0) -> Plan:
+        """The table of coefficients, worked out once for each process. `steps`: another number of them than the sampler's.
+        Raises `ValueError` as `check`."""
+        return _plan(replace(self, steps=steps) if steps else self, process)
 
     def _step(
         self,
@@ -281,6 +274,28 @@ class Sampler:
             h_before = math.inf if before[0] == 0 else math.log(a * before[1] / (s * before[0]))
             memory = -0.5 * weight * h / h_before
         return _combine(clean, noise, x=s1 / s, clean=weight - memory, memory=memory)
+
+
+@lru_cache(maxsize=128)
+@torch.inference_mode(False)  # the first to ask may be a generation, and the next a training step
+def _plan(sampler: Sampler, process: Process) -> Plan:
+    sampler.check(process)
+    times = sampler.times(process)
+    levels = [_levels(process, t) for t in times]
+    steps = []
+    for k in range(sampler.steps):
+        before = levels[k - 1] if k else None
+        steps.append(sampler._step(process, times[k], times[k + 1], levels[k], levels[k + 1], before))
+    time = torch.tensor(times[:-1], dtype=torch.float64)
+    return Plan(time=time.float(), network_time=process.network_time(time).float(), steps=tuple(steps))
+
+
+Settings = TypeVar("Settings", Process, Sampler)
+
+
+def settings(kind: type[Settings], given: Settings | Mapping[str, Any] | None) -> Settings:
+    """What a plug-in's constructor is given: the object, its fields (as a checkpoint holds them), or None = the defaults."""
+    return kind(**given) if isinstance(given, Mapping) else given or kind()
 
 
 @dataclass(frozen=True)

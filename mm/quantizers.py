@@ -30,6 +30,11 @@ MAX_CODE_DIM, MAX_CODEBOOK = 4096, 1 << 28
 """Widest code, and most numbers in all codebooks together (1 GiB, and as much for their averages)."""
 
 
+def codebook_numbers(name: str, codebook_size: int, code_dim: int, num_codes: int) -> int:
+    """Numbers in all codebooks together, for the quantisers that have any (`vq`, `residual`)."""
+    return codebook_size * code_dim * (num_codes if name == "residual" else 1)
+
+
 @dataclass(frozen=True)
 class Quantized:
     """What a quantiser makes of a feature map."""
@@ -88,7 +93,7 @@ class Quantizer(nn.Module):
             raise ValueError(f"codebook_size must be between 2 and {MAX_CODES}, got {codebook_size}")
         if code_dim < 1 or num_codes < 1:
             raise ValueError(f"code_dim and num_codes must be at least 1, got {code_dim} and {num_codes}")
-        numbers = codebook_size * code_dim * (num_codes if name == "residual" else 1)
+        numbers = codebook_numbers(name, codebook_size, code_dim, num_codes)
         if name in ("vq", "residual") and (code_dim > MAX_CODE_DIM or numbers > MAX_CODEBOOK):
             raise ValueError(
                 f"code_dim may be up to {MAX_CODE_DIM}, and all codebooks together may hold {MAX_CODEBOOK:,} numbers, got "

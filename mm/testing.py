@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+import tarfile
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,6 +48,16 @@ class Palette(ModalityTokenizer):
         bits = (encoded.ids[:, None] // torch.tensor([4, 2, 1])) % 2
         pixels = (bits * 255).to(torch.uint8).view(*encoded.grid, 3)
         return Decoded(value=Image.fromarray(pixels.numpy()))
+
+
+def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> Path:
+    """A shard of the given members, names and contents as they are."""
+    with tarfile.open(path, "w") as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
 
 
 def stream(

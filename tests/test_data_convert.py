@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,15 +12,7 @@ from mm.commands.data import _texts
 from mm.data.bpe import train_bpe
 from mm.data.convert import Entry, make_digits, write_shards
 from mm.data.sources import DigitsSource, ShardSource
-
-
-def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
+from mm.testing import write_tar
 
 
 def test_captions_for_a_bpe_skip_broken_records(tmp_path: Path) -> None:

@@ -13,21 +13,13 @@ from PIL import Image
 
 from mm.data import images
 from mm.data.images import PictureSource, read_pictures
+from mm.testing import write_tar
 
 
 def picture(kind: str = "PNG") -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8), "red").save(buffer, format=kind)
     return buffer.getvalue()
-
-
-def write_tar(path: Path, *members: tuple[str, bytes]) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
 
 
 def keys(path: Path, *, strict: bool = False) -> list[str]:
@@ -41,7 +33,7 @@ def test_no_reader_that_starts_other_programs_is_tried(tmp_path: Path, monkeypat
         raise AssertionError("Ghostscript was started")
 
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", run)
-    path = write_tar(tmp_path / "x.tar", ("a.png", picture("EPS")), ("b.png", picture()))
+    path = write_tar(tmp_path / "x.tar", [("a.png", picture("EPS")), ("b.png", picture())])
     with pytest.warns(UserWarning, match="skipped 1 broken pictures, the first is 'a.png'"):
         assert keys(path) == ["b"]
     with pytest.raises(ValueError, match="member 'a.png': the picture is damaged or not a picture"):
@@ -50,7 +42,7 @@ def test_no_reader_that_starts_other_programs_is_tried(tmp_path: Path, monkeypat
 
 @pytest.mark.parametrize("damage", ["cut in data", "cut in header", "huge size", "garbage header"])
 def test_a_damaged_tar_gives_what_comes_before_the_damage(tmp_path: Path, damage: str) -> None:
-    path = write_tar(tmp_path / "x.tar", ("a.png", picture()), ("b.png", picture()), ("c.png", picture()))
+    path = write_tar(tmp_path / "x.tar", [("a.png", picture()), ("b.png", picture()), ("c.png", picture())])
     with tarfile.open(path) as tar:
         place = tar.getmember("b.png")
     data = bytearray(path.read_bytes())
@@ -119,6 +111,6 @@ def test_more_pictures_than_fit_are_refused_before_they_are_unpacked(
     monkeypatch.setattr(images, "MAX_BYTES_IN_MEMORY", 8 * 3 * 8 * 8)
     with pytest.raises(ValueError, match="array 'images' has 9 rows; at most 8 are read"):
         keys(path)
-    tar = write_tar(tmp_path / "x.tar", *((f"{n}.png", picture()) for n in range(9)))
+    tar = write_tar(tmp_path / "x.tar", ((f"{n}.png", picture()) for n in range(9)))
     with pytest.raises(ValueError, match="holds more than 0 GiB of pictures"):
         keys(tar)

@@ -8,7 +8,6 @@ import os
 import pickle
 import tarfile
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +17,13 @@ from PIL import Image
 
 from mm.data.example import BrokenExample, Example, Lazy, Source
 from mm.data.sources import DIGIT_NAMES, DigitsSource, FolderSource, HFSource, ShardSource
+from mm.testing import write_tar
 
 
 def png(colour: tuple[int, int, int] = (1, 2, 3), size: tuple[int, int] = (4, 4)) -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", size, colour).save(buffer, format="PNG")
     return buffer.getvalue()
-
-
-def write_tar(path: Path, members: Sequence[tuple[str, bytes]]) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
 
 
 def sample(stem: str, colour: tuple[int, int, int] = (1, 2, 3), **fields: Any) -> list[tuple[str, bytes]]:

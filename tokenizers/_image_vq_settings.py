@@ -8,6 +8,7 @@ from typing import Any
 import mm
 from mm import safe_io
 from mm.autoencoder import BLOCKS
+from mm.quantizers import codebook_numbers
 
 FORMAT = "mm.tokenizers.image_vq"
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -99,7 +100,7 @@ def check_codebook(folder: Path, c: dict[str, Any]) -> None:
     if not file.is_file():
         raise ValueError(f"{str(file)!r} is missing: restore the pair of files that was saved together")
     held = file.stat().st_size
-    numbers = c["codebook_size"] * c["code_dim"] * (c["num_codes"] if c["quantizer"] == "residual" else 1)
+    numbers = codebook_numbers(c["quantizer"], c["codebook_size"], c["code_dim"], c["num_codes"])
     if numbers > held + (1 << 22):  # a file that was cut short is told by its reader
         raise ValueError(
             f"{folder / CONFIG} asks for a codebook of {numbers:,} numbers, but {WEIGHTS} has {held:,} bytes: "

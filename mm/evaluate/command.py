@@ -13,6 +13,10 @@ from typing import Any
 
 from mm.commands.common import check_folder, check_threads
 
+SAMPLING: dict[str, type] = {
+    "guidance": float, "temperature": float, "top_p": float, "top_k": int, "steps": int, "denoising_steps": int,
+}  # fmt: skip
+"""Fields of `mm.interfaces.Sampling` that have an option."""
 EPILOG = """\
 data is KIND:PATH[,PATH ...]:
   digits:FILE.npz                handwritten digits (images uint8[n, h, w], labels [n])
@@ -57,15 +61,9 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--emoji-prompt", default=default.emoji_prompt, metavar="FORMAT", help="(%(default)s)")
     out.add_argument("--digit-prompt", default=default.digit_prompt, metavar="FORMAT", help="(%(default)s)")
     out.add_argument("--threads", type=int, default=1, help="of torch (%(default)s); more change the last digits")
-    for name, kind in (
-        ("guidance", float),
-        ("temperature", float),
-        ("top-p", float),
-        ("top-k", int),
-        ("steps", int),
-        ("denoising-steps", int),
-    ):
-        out.add_argument(f"--{name}", type=kind, help="of pictures, instead of what the checkpoint recommends")
+    for name, kind in SAMPLING.items():
+        option = name.replace("_", "-")
+        out.add_argument(f"--{option}", type=kind, help="of pictures, instead of what the checkpoint recommends")
     return out
 
 
@@ -101,8 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         emoji_prompt=options.emoji_prompt,
         digit_prompt=options.digit_prompt,
     )
-    settings = ("guidance", "temperature", "top_p", "top_k", "steps", "denoising_steps")
-    sampling = {name: getattr(options, name) for name in settings if getattr(options, name) is not None}
+    sampling = {name: getattr(options, name) for name in SAMPLING if getattr(options, name) is not None}
     sources = {kind: open_source(kind, paths) for kind, paths in given.items()}
     started = time.perf_counter()
     report = evaluate(

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mm.diffusion import Process, Sampler
+from mm.diffusion import Process, Sampler, settings
 from mm.grid import coordinates
 from mm.interfaces import Encoded, Layout, Order, Proposal, Sampling, Session
 
@@ -48,8 +48,7 @@ class Blocks(Order):
         if block < 0:
             raise ValueError(f"a block has at least one element (0: the whole item is one), got {block}")
         self.block, self.shift, self.time_condition = block, shift, time_condition
-        self.process = Process(**process) if isinstance(process, Mapping) else process or Process()
-        self.sampler = Sampler(**sampler) if isinstance(sampler, Mapping) else sampler or Sampler()
+        self.process, self.sampler = settings(Process, process), settings(Sampler, sampler)
         self.sampler.plan(self.process)  # a pair that can't work is refused now
 
     def blocks(self, count: int, begin: int = 0) -> Int[Tensor, " N"]:
@@ -125,9 +124,8 @@ class BlocksSession(Session):
         dim: int,
     ) -> None:
         self.order, self.rng, self.dim = order, rng, dim
-        steps = sampling.denoising_steps
-        sampler = order.sampler if not steps else Sampler(**{**vars(order.sampler), "steps": steps})
-        self.plan, self.temperature = sampler.plan(order.process), sampling.temperature
+        self.plan = order.sampler.plan(order.process, sampling.denoising_steps)
+        self.temperature = sampling.temperature
         self.count, self.place = math.prod(grid), coordinates(grid)
         self.block = order.blocks(self.count)
         self.total = int(self.block.max()) + 1
