@@ -11,8 +11,8 @@ Letters in shapes: B batch, C channels, H rows, W columns, D latent channels.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from typing import Literal, cast
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, cast
 
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -82,6 +82,35 @@ class SpatialAttention(nn.Module):
 
 BLOCKS = {"residual": ResidualBlock, "separable": SeparableBlock}
 BlockName = Literal["residual", "separable"]
+MAX_SIDE_TOKENS = 256
+"""Largest extent of a grid that the vocabulary's size controls can state."""
+
+
+def check_shape(c: Mapping[str, Any]) -> None:
+    """Raises `ValueError` for settings of a tokenizer (`ImageVQ`, `ImageVAE`) whose sizes do not fit each other."""
+    if c["downsample"] not in (4, 8, 16):
+        raise ValueError(f"downsample must be 4, 8 or 16, got {c['downsample']}")
+    if c["patch"] not in (1, 2, 4):
+        raise ValueError(f"patch must be 1, 2 or 4, got {c['patch']}")
+    largest = MAX_SIDE_TOKENS * c["downsample"]
+    if c["size"] < c["downsample"] or c["size"] % c["downsample"] or c["size"] > largest:
+        raise ValueError(f"size must be a multiple of {c['downsample']} up to {largest}, got {c['size']}")
+    levels = (c["downsample"] // c["patch"]).bit_length()
+    if len(c["multipliers"]) != levels:
+        raise ValueError(
+            f"downsample {c['downsample']} after patches of {c['patch']} has {levels} levels, "
+            f"got {len(c['multipliers'])} multipliers: give one a level, finest first"
+        )
+    widths = [w * m for w in (c["channels"], c["decoder_channels"]) for m in c["multipliers"]]
+    if min(widths) < 1 or max(widths) > 4096 or not 1 <= c["blocks"] <= 64 or not 1 <= c["decoder_blocks"] <= 64:
+        raise ValueError(
+            f"widths must be in 1..4096 and blocks in 1..64, got {widths}, {c['blocks']} and {c['decoder_blocks']}"
+        )
+    if c["block"] not in BLOCKS:
+        raise ValueError(f"block must be one of {', '.join(BLOCKS)}, got '{c['block']}'")
+    heads = c["attention_heads"]
+    if heads < 0 or (heads and any(w * c["multipliers"][-1] % heads for w in (c["channels"], c["decoder_channels"]))):
+        raise ValueError(f"attention_heads must divide the coarsest width, got {heads}")
 
 
 def _stage(block: BlockName, channels: int, blocks: int, attention_heads: int) -> list[nn.Module]:

@@ -18,10 +18,10 @@ class Reconstruction:
 
     output: Float[Tensor, "B ..."]
     """As the input, not bounded."""
-    ids: Int[Tensor, "B ..."]
-    """Tokens of each example; sub-codes on the last axis."""
+    ids: Int[Tensor, "B ..."] | None
+    """Tokens of each example, sub-codes on the last axis; None for a tokenizer of vectors."""
     loss: Float[Tensor, ""]
-    """The quantiser's own losses, already weighted."""
+    """The bottleneck's own losses (of a quantiser, or a divergence), already weighted."""
 
 
 class TrainableTokenizer(ModalityTokenizer, nn.Module):
@@ -29,10 +29,14 @@ class TrainableTokenizer(ModalityTokenizer, nn.Module):
 
     @abc.abstractmethod
     def reconstruct(self, batch: Float[Tensor, "B ..."]) -> Reconstruction:
-        """Encode, quantise and decode with gradients."""
+        """Encode, pass the bottleneck and decode, with gradients."""
 
     def warm_start(self, batch: Float[Tensor, "B ..."]) -> None:  # noqa: B027 - optional
         """Begin from what a closed form finds in this data, before the first step; the default does nothing."""
+
+    def before_saving(self, batch: Float[Tensor, "B ..."]) -> None:  # noqa: B027 - optional
+        """Take from training data what is not learned by gradients but saved with the weights (statistics of latents); the
+        default does nothing."""
 
     @abc.abstractmethod
     def last_layer(self) -> Tensor:

@@ -32,6 +32,10 @@ from mm.reconstruction import (
 from mm.trainable import TrainableTokenizer
 
 
+STATISTICS = 4096
+"""Training pictures that statistics of latents are taken from."""
+
+
 class TokenizerModule(L.LightningModule):
     """Trains any `TrainableTokenizer` of pictures.
 
@@ -125,16 +129,21 @@ class TokenizerModule(L.LightningModule):
     def _warm_start(self) -> None:
         if not self.warm_start or self.trainer.global_step or self.trainer.ckpt_path:
             return
-        taken: list[Tensor] = []
         state = torch.get_rng_state()
+        # Every rank reads the same pictures in the same order with the same seed, and so starts from the same weights.
+        taken = self._training_pictures(self.warm_start)
+        torch.manual_seed(0)
+        self.tokenizer.warm_start(taken)
+        torch.set_rng_state(state)
+
+    def _training_pictures(self, count: int) -> Tensor:
+        """The first pictures of the training data, in an order of their own."""
+        taken: list[Tensor] = []
         for x, _ in cast(Any, self.trainer).datamodule.held_in_batches():
             taken.append(x)
-            if sum(map(len, taken)) >= self.warm_start:
+            if sum(map(len, taken)) >= count:
                 break
-        # Every rank reads the same pictures in the same order with the same seed, and so starts from the same weights.
-        torch.manual_seed(0)
-        self.tokenizer.warm_start(torch.cat(taken)[: self.warm_start].to(self.device))
-        torch.set_rng_state(state)
+        return torch.cat(taken)[:count].to(self.device)
 
     def on_fit_end(self) -> None:
         self.tokenizer.synchronise(False)
@@ -185,7 +194,9 @@ class TokenizerModule(L.LightningModule):
         x, source = batch
         return (x.contiguous(memory_format=torch.channels_last) if self.channels_last else x), source
 
-    def _count(self, counts: Tensor | None, ids: Tensor) -> Tensor:
+    def _count(self, counts: Tensor | None, ids: Tensor | None) -> Tensor | None:
+        if ids is None:
+            return None
         spec_size, spec_codes = self._vocabulary
         if counts is None:
             counts = torch.zeros(spec_codes, spec_size, dtype=torch.long, device=ids.device)
@@ -211,7 +222,7 @@ class TokenizerModule(L.LightningModule):
         self._train_counts = self._count(self._train_counts, out.ids)
         terms = self.losses(x, out.output)
         loss = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
-        terms["quantizer"] = out.loss
+        terms["bottleneck"] = out.loss
         self.log_dict({f"train/{k}": v.detach() for k, v in terms.items()}, batch_size=len(x))
         if self.discriminator is None:
             total = loss + out.loss
@@ -220,10 +231,10 @@ class TokenizerModule(L.LightningModule):
         self._adversarial_step(x, out.output, loss, out.loss)
         return None
 
-    def _adversarial_step(self, x: Tensor, output: Tensor, loss: Tensor, quantizer_loss: Tensor) -> None:
+    def _adversarial_step(self, x: Tensor, output: Tensor, loss: Tensor, bottleneck: Tensor) -> None:
         assert self.discriminator is not None
         optimizers, schedules = cast(Any, self.optimizers()), cast(Any, self.lr_schedulers())
-        total = loss + quantizer_loss
+        total = loss + bottleneck
         active = self.batches_done >= self.adversarial_start
         self.batches_done += 1
         if active:
@@ -278,14 +289,17 @@ class TokenizerModule(L.LightningModule):
             self._shown = (x[: self.pictures], out.output[: self.pictures])
 
     def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:
-        """For every picture its source, its ids and the PSNR of what they decode to (dB)."""
+        """For every picture its source, its ids if it has any, and the PSNR of what they decode to (dB)."""
         x, source = self._prepare(batch)
         out = self.tokenizer.reconstruct(x)
         names = getattr(getattr(self.trainer, "datamodule", None), "names", None)
-        return [
-            {"source": names[s] if names else s, "psnr": decibels, "ids": ids.flatten().tolist()}
-            for s, decibels, ids in zip(source.tolist(), psnr(out.output, x).tolist(), out.ids, strict=True)
+        rows: list[dict[str, Any]] = [
+            {"source": names[s] if names else s, "psnr": decibels}
+            for s, decibels in zip(source.tolist(), psnr(out.output, x).tolist(), strict=True)
         ]
+        if out.ids is not None:
+            rows = [{**row, "ids": ids.flatten().tolist()} for row, ids in zip(rows, out.ids, strict=True)]
+        return rows
 
     def configure_callbacks(self) -> list[L.Callback]:
         from mm.export import WriteRows
@@ -312,6 +326,7 @@ class TokenizerModule(L.LightningModule):
         self._log_codes("train", self._train_counts)
         self._train_counts = None
         if self.save_to is not None and self.trainer.is_global_zero and self.trainer.state.fn == "fit":
+            self.tokenizer.before_saving(self._training_pictures(STATISTICS))
             self.tokenizer.save(self.save_to)
 
     def _log_figures(self, sums: Tensor, suffix: str) -> None:

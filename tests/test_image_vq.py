@@ -500,15 +500,15 @@ def test_a_name_that_is_no_tokenizer(name: str) -> None:
 
 def test_only_tokenizers_are_offered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A whole model lies beside them, and has a file of weights too."""
-    from mm.tokenizers import _image_vq_settings as settings
+    from mm import saved
 
     for name, file in (("a_tokenizer", "config.json"), ("a_model", "model.json")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").touch()
         (tmp_path / name / file).touch()
-    monkeypatch.setattr(settings, "SHIPPED", tmp_path)
+    monkeypatch.setattr(saved, "SHIPPED", tmp_path)
     with pytest.raises(ValueError, match=r"one of the shipped names \['a_tokenizer'\]"):
-        settings.find("no_such")
+        saved.find("no_such", "image tokenizer")
 
 
 @pytest.mark.parametrize(

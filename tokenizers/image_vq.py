@@ -9,8 +9,6 @@ Letters in shapes: B batch, H and W rows and columns of pixels, h and w of the t
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,8 +20,8 @@ from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor, nn
 
-from mm import pictures, safe_io
-from mm.autoencoder import BlockName, Decoder, Encoder
+from mm import pictures, safe_io, saved
+from mm.autoencoder import BlockName, Decoder, Encoder, check_shape
 from mm.interfaces import Decoded, Encoded, Spec
 from mm.quantizers import Quantizer, QuantizerName
 from mm.tokenizers import _image_vq_settings as settings
@@ -98,9 +96,9 @@ class ImageVQ(TrainableTokenizer):
             commitment=commitment,
             entropy=entropy,
         )
-        directory = None if pretrained is None else settings.find(pretrained)
+        directory = None if pretrained is None else saved.find(pretrained, settings.WHAT)
         if directory is not None:
-            config = settings.read(directory, set(config))
+            config = settings.read(directory, config)
         self.config = config
         self._build(config)
         self._fingerprint: str | None = None
@@ -108,7 +106,7 @@ class ImageVQ(TrainableTokenizer):
             self._load(directory)
 
     def _build(self, c: dict[str, Any]) -> None:
-        settings.check(c)
+        check_shape(c)
         self.size, self.downsample = c["size"], c["downsample"]
         self.quantizer = Quantizer(
             c["quantizer"],
@@ -237,7 +235,7 @@ class ImageVQ(TrainableTokenizer):
         if self._fingerprint is None:
             config = {name: value for name, value in self.config.items() if not name.startswith("decoder_")}
             state = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("decoder.")}
-            self._fingerprint = f"image_vq-{_digest(config, state)}"
+            self._fingerprint = f"image_vq-{saved.digest(config, state)}"
         return self._fingerprint
 
     def weights_changed(self) -> None:
@@ -256,9 +254,8 @@ class ImageVQ(TrainableTokenizer):
     def save(self, path: str | Path) -> None:
         """Write `config.json` and `model.safetensors` into the folder `path`, both or neither."""
         self.weights_changed()
-        with safe_io.atomic_folder(path, last=settings.CONFIG) as folder:
-            safe_io.write_tensors(folder / settings.WEIGHTS, self.state_dict())
-            settings.write(folder, self.config, self.fingerprint, _digest(self.config, self.state_dict()))
+        with safe_io.atomic_folder(path, last=saved.CONFIG) as folder:
+            saved.write(folder, settings.FORMAT, self.config, self.state_dict(), self.fingerprint)
 
     @classmethod
     def tiny(cls) -> ImageVQ:
@@ -278,10 +275,9 @@ class ImageVQ(TrainableTokenizer):
         return cls(pretrained=str(path))
 
     def _load(self, folder: Path) -> None:
-        file = folder / settings.WEIGHTS
-        self.load_state_dict(safe_io.read_tensors(file, self.state_dict(), max_bytes=settings.MAX_WEIGHT_BYTES))
+        self.load_state_dict(saved.read_weights(folder, self.state_dict()))
         self.eval()
-        settings.check_whole(folder, self.fingerprint, _digest(self.config, self.state_dict()))
+        saved.check_whole(folder, self.fingerprint, self.config, self.state_dict())
 
     # ---- helpers -----------------------------------------------------------------------------------------------------
 
@@ -331,12 +327,3 @@ class ImageVQ(TrainableTokenizer):
 def _squarish(count: int) -> tuple[int, int]:
     side = math.isqrt(count)
     return (side, side)
-
-
-def _digest(config: dict[str, Any], state: dict[str, Any]) -> str:
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for name, tensor in sorted(state.items()):
-        values = tensor.detach().cpu().contiguous()
-        digest.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
-        digest.update(values.reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]

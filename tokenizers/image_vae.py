@@ -1,0 +1,207 @@
+"""Pictures ↔ a grid of vectors through a small convolutional autoencoder with a Gaussian bottleneck (VAE, Kingma and Welling
+2014; with a small weight on the divergence: the KL autoencoder of Rombach et al. 2022, section 3.1).
+
+A picture of `size`×`size` becomes (size / downsample / pack)² vectors, row by row: the means, normalised. It is trained by
+`mm fit` with `mm.training_tokenizer.TokenizerModule`, saved as safetensors and one JSON, and loaded by `from_directory`.
+
+Letters in shapes: B batch, H and W rows and columns of pixels, h and w of the grid, C channels of a latent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mm import safe_io, saved
+from mm.autoencoder import BlockName, Decoder, Encoder, check_shape
+from mm.latent_pictures import LatentPictures
+from mm.latents import Kind, LatentNormalizer
+from mm.trainable import Reconstruction, TrainableTokenizer
+
+FORMAT, WHAT = "mm.tokenizers.image_vae", "image autoencoder"
+MAX_CHANNELS = 256
+
+
+class ImageVAE(LatentPictures, TrainableTokenizer):
+    """Convolutional picture tokenizer with vectors.
+
+    Args:
+        size: side of the square that pictures are fitted to, in pixels.
+        downsample: pixels per latent along a side: 4, 8 or 16.
+        latent: C, channels of a latent.
+        patch, channels, multipliers, blocks, block, decoder_channels, decoder_blocks, attention_heads: of the networks, as
+            for `ImageVQ`.
+        kl: weight of the divergence from a standard normal distribution, a latent's number (mean over all of them).
+        pack: joins squares of pack×pack latents to one token.
+        normalizer: how vectors are brought to unit spread (`mm.latents`); its statistics are taken from training pictures
+            each time the tokenizer is saved. With `token` the decoder learns to read normalised vectors.
+        noise: largest deviation of the noise that the decoder learns to bear, in normalised units: a vector gets γ·ε with γ
+            drawn from 0 … noise for each picture (NextStep-1, section 3.3: 0.5). Only with `token`, whose scale is known
+            from the start.
+        pretrained: a directory that `save` wrote, or the name of a tokenizer shipped with the package. Its configuration
+            replaces every other argument.
+
+    Raises:
+        ValueError: sizes that do not fit each other, or a saved tokenizer that is missing, damaged or foreign.
+    """
+
+    def __init__(
+        self,
+        size: int = 32,
+        downsample: int = 4,
+        latent: int = 16,
+        patch: int = 2,
+        channels: int = 64,
+        multipliers: Sequence[int] = (1, 2),
+        blocks: int = 1,
+        block: BlockName = "residual",
+        decoder_channels: int = 0,
+        decoder_blocks: int = 0,
+        attention_heads: int = 0,
+        kl: float = 1e-4,
+        pack: int = 1,
+        normalizer: Kind = "channel",
+        noise: float = 0.0,
+        pretrained: str | None = None,
+    ) -> None:
+        super().__init__()
+        config: dict[str, Any] = dict(
+            size=size,
+            downsample=downsample,
+            latent=latent,
+            patch=patch,
+            channels=channels,
+            multipliers=list(multipliers),
+            blocks=blocks,
+            block=block,
+            decoder_channels=decoder_channels or channels,
+            decoder_blocks=decoder_blocks or blocks,
+            attention_heads=attention_heads,
+            kl=kl,
+            pack=pack,
+            normalizer=normalizer,
+            noise=noise,
+        )
+        directory = None if pretrained is None else saved.find(pretrained, WHAT)
+        if directory is not None:
+            config = saved.read(directory, FORMAT, config, f"an {WHAT}")
+        self.config = config
+        self._build(config)
+        if directory is not None:
+            self._load(directory)
+
+    def _build(self, c: dict[str, Any]) -> None:
+        check_shape(c)
+        if not 1 <= c["latent"] <= MAX_CHANNELS:
+            raise ValueError(f"latent must be in 1..{MAX_CHANNELS}, got {c['latent']}")
+        for name in ("kl", "noise"):
+            if not (math.isfinite(c[name]) and c[name] >= 0):
+                raise ValueError(f"{name} must be a number of at least 0, got {c[name]}")
+        if c["noise"] and c["normalizer"] != "token":
+            raise ValueError(f"noise needs the normalizer token, got {c['noise']} with {c['normalizer']}")
+        width = c["latent"] * c["pack"] ** 2
+        self.fit_to(c["size"], c["downsample"], c["latent"], LatentNormalizer(c["normalizer"], width), c["pack"])
+        shared: dict[str, Any] = dict(patch=c["patch"], attention_heads=c["attention_heads"], block=c["block"])
+        widths = [c["channels"] * m for m in c["multipliers"]]
+        self.encoder = Encoder(widths, blocks=c["blocks"], latent=2 * c["latent"], **shared)
+        widths = [c["decoder_channels"] * m for m in c["multipliers"]]
+        self.decoder = Decoder(widths, blocks=c["decoder_blocks"], latent=c["latent"], **shared)
+
+    # ---- tensors -----------------------------------------------------------------------------------------------------
+
+    def distribution(self, x: Float[Tensor, "B 3 H W"]) -> tuple[Float[Tensor, "B C h w"], Float[Tensor, "B C h w"]]:
+        """Mean and log-variance of the latents."""
+        mean, log_variance = self.encoder(x).chunk(2, dim=1)
+        return mean, log_variance.clamp(-30.0, 20.0)
+
+    def latents(self, x: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B C h w"]:
+        return self.distribution(x)[0]
+
+    def pixels(self, z: Float[Tensor, "B C h w"]) -> Float[Tensor, "B 3 H W"]:
+        return self.decoder(z)
+
+    def reconstruct(self, batch: Float[Tensor, "B 3 H W"]) -> Reconstruction:
+        mean, log_variance = self.distribution(batch)
+        divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).float().mean()
+        z = mean + (0.5 * log_variance).exp() * torch.randn_like(mean) if self.training else mean
+        if self.normalizer.kind == "token":
+            grid, rows = self.rows(z)
+            rows = self.normalizer(rows)
+            if self.training and self.config["noise"]:
+                amount = torch.rand(len(rows), 1, 1, device=rows.device) * self.config["noise"]
+                rows = rows + amount * torch.randn_like(rows)
+            z = self.map(rows, grid)
+        return Reconstruction(self.decoder(z), None, self.config["kl"] * divergence)
+
+    def last_layer(self) -> Tensor:
+        return self.decoder.last.weight
+
+    @torch.no_grad()
+    def warm_start(self, x: Float[Tensor, "B 3 H W"]) -> None:
+        """Begin as the best linear code of single squares of pixels: their principal components, each scaled to unit
+        variance, which is also what the divergence asks for. The networks begin at zero."""
+        f, latent = self.downsample, self.config["latent"]
+        squares = F.pixel_unshuffle(x.float(), f).permute(0, 2, 3, 1).reshape(-1, 3 * f * f)
+        kept = min(latent, squares.shape[1])
+        centre = squares.mean(0)
+        variance, axes = torch.linalg.eigh((squares - centre).T @ (squares - centre) / len(squares))
+        axes, spread = axes.flip(1)[:, :kept].T, variance.flip(0)[:kept].clamp_min(1e-8).sqrt()
+        inward, outward = self.encoder.linear[1], self.decoder.linear[0]
+        assert isinstance(inward, nn.Conv2d) and isinstance(outward, nn.Conv2d)
+        assert inward.bias is not None and outward.bias is not None
+        for layer in (inward, outward):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        inward.weight[:kept, :, 0, 0] = axes / spread[:, None]
+        inward.bias[:kept] = -(axes @ centre) / spread
+        # a deviation that costs little of a picture, whatever the component's share in it
+        inward.bias[latent : latent + kept] = 2 * torch.log(0.05 / spread).clamp(max=0)
+        outward.weight[:, :kept, 0, 0] = axes.T * spread
+        outward.bias.copy_(centre)
+        self.weights_changed()
+
+    def synchronise(self, enabled: bool) -> None:
+        """Nothing here is learned but by gradients."""
+
+    def before_saving(self, pictures: Float[Tensor, "B 3 H W"]) -> None:
+        self.fit_normalizer(pictures)
+
+    # ---- identity, saving, loading -----------------------------------------------------------------------------------
+
+    def identity(self) -> str:
+        """Of encoder and normaliser: a decoder that was trained further draws the same vectors better."""
+        inner = ("decoder_channels", "decoder_blocks", "kl", "noise")
+        config = {name: value for name, value in self.config.items() if name not in inner}
+        state = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("decoder.")}
+        return f"image_vae-{saved.digest(config, state)}"
+
+    def save(self, path: str | Path) -> None:
+        """Write `config.json` and `model.safetensors` into the folder `path`, both or neither."""
+        self.weights_changed()
+        with safe_io.atomic_folder(path, last=saved.CONFIG) as folder:
+            saved.write(folder, FORMAT, self.config, self.state_dict(), self.fingerprint)
+
+    @classmethod
+    def from_directory(cls, path: str | Path) -> ImageVAE:
+        """A saved tokenizer, in evaluation mode. Raises `ValueError` for files that are missing, damaged, of other shapes,
+        or not what was saved."""
+        return cls(pretrained=str(path))
+
+    @classmethod
+    def tiny(cls) -> ImageVAE:
+        """A small random tokenizer whose normaliser is fitted, for tests."""
+        tokenizer = cls(size=16, channels=8, latent=4)
+        tokenizer.fit_normalizer(torch.rand(4, 3, 16, 16) * 2 - 1)
+        return tokenizer.eval()
+
+    def _load(self, folder: Path) -> None:
+        self.load_state_dict(saved.read_weights(folder, self.state_dict()))
+        self.eval()
+        saved.check_whole(folder, self.fingerprint, self.config, self.state_dict())
