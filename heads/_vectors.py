@@ -2,18 +2,9 @@
 
 from __future__ import annotations
 
-import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
-from mm.interfaces import Draw, Spec
-
-
-def guided(made: Float[Tensor, "n D"], draw: Draw) -> Float[Tensor, "m D"]:
-    """The rows of a draw, u + scale·(c − u) where it has unconditional ones."""
-    if draw.unconditional is None or draw.scale == 1.0:
-        return made[draw.rows]
-    return torch.lerp(made[draw.unconditional], made[draw.rows], draw.scale)
+from mm.interfaces import Spec
 
 
 def mlp(width: int, out: int, layers: int) -> nn.Sequential:

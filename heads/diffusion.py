@@ -8,7 +8,7 @@ Letters in shapes: n positions, W backbone width, D width of a vector.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -99,34 +99,56 @@ class DiffusionHead(Head):
 
     def _together(self, hidden: Tensor, draws: Sequence[Draw], plan: Plan) -> list[Tensor]:
         """All rows in one batch, the unconditional ones behind."""
-        noises, conditions, twins, scales, guided = [], [], [], [], []
+        noises, conditions, free, between, guides = [], [], [], [], []
         at = 0
         for draw in draws:
             own = hidden[draw.rows]
             noises.append(plan.noise(len(own), self.dim, draw.generator, draw.sampling.temperature))
             conditions.append(own)
-            if draw.unconditional is not None and draw.scale != 1.0:
-                twins.append(hidden[draw.unconditional])
-                scales.append(torch.full((len(own), 1), draw.scale))
-                guided.append(torch.arange(at, at + len(own)))
+            if draw.is_guided:
+                free.append(hidden[draw.unconditional])
+                between.append(hidden[draw.context] if draw.context is not None else own[:0])
+                guides.append((at, len(own), draw))
             at += len(own)
         noise = torch.cat(noises, dim=1).to(hidden.device)
-        predict = self.net.steps(torch.cat([*conditions, *twins]), plan.network_time)
-        if twins:
-            rows, scale = torch.cat(guided).to(hidden.device), torch.cat(scales).to(hidden.device)
-            plain = predict
-
-            def predict(x: Tensor, k: int) -> Tensor:
-                both = plain(torch.cat((x, x[rows])), k)
-                given, free = both[: len(x)], both[len(x) :]
-                # what is predicted of the variance is not guided (MAR)
-                moved = torch.lerp(free[:, : self.dim], given[rows, : self.dim], scale)
-                given[rows, : self.dim] = moved
-                return given
+        predict = self.net.steps(torch.cat([*conditions, *free, *between]), plan.network_time)
+        if guides:
+            predict = self._guided(predict, guides, at)
 
         made = plan.run(predict, noise)
         # random numbers come from the CPU, so that a seed means one thing everywhere; vectors go back to it
         return [part.cpu() for part in made.split([len(c) for c in conditions])]
+
+    def _guided(
+        self, predict: Callable[[Tensor, int], Tensor], guides: Sequence[tuple[int, int, Draw]], rows: int
+    ) -> Callable[[Tensor, int], Tensor]:
+        """`predict` for the conditional rows, which has the twins evaluated beside them: those of the null condition, then
+        those of the context's items. `guides`: first row and number of rows of each guided draw."""
+        own = torch.cat([torch.arange(at, at + count) for at, count, _ in guides])
+        three = torch.cat([torch.full((count,), draw.context is not None) for _, count, draw in guides])
+        scale = torch.cat([torch.full((count, 1), draw.scale) for _, count, draw in guides])
+        context_scale = torch.cat([torch.full((count, 1), draw.context_scale) for _, count, draw in guides])[three]
+        device = self.net.enter.weight.device
+        own, three = own.to(device), three.nonzero()[:, 0].to(device)
+        scale, context_scale = scale.to(device), context_scale.to(device)
+        again, some = torch.cat((own, own[three])), len(three) > 0
+
+        def guided(x: Tensor, k: int) -> Tensor:
+            made = predict(torch.cat((x, x[again])), k)
+            # what is predicted of the variance is not guided (MAR)
+            given, start = made[:rows], made[rows : rows + len(own), : self.dim]
+            moved = given[own, : self.dim]
+            if some:
+                middle, between = made[rows + len(own) :, : self.dim], start.clone()
+                between[three] = middle
+                start[three] = torch.lerp(start[three], middle, context_scale)
+                moved = start + scale * (moved - between)
+            else:
+                moved = torch.lerp(start, moved, scale)
+            given[own, : self.dim] = moved
+            return given
+
+        return guided
 
     def transition(
         self, hidden: Float[Tensor, "n W"], x: Float[Tensor, "n D"], step: int, sampling: Sampling | None = None

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mm.heads._vectors import check_continuous, guided, mlp
+from mm.heads._vectors import check_continuous, mlp
 from mm.interfaces import Draw, Head, Spec
 
 
@@ -59,7 +59,7 @@ class GaussianHead(Head):
         for draw in draws:
             deviation = (0.5 * log_variance[draw.rows]).exp() * draw.sampling.temperature
             noise = torch.randn(deviation.shape, generator=draw.generator).to(deviation.device)
-            out.append((self.refined(guided(mean, draw) + deviation * noise).cpu(), None))
+            out.append((self.refined(draw.guided(mean) + deviation * noise).cpu(), None))
         return out
 
     def transition(

@@ -65,10 +65,7 @@ class LMHead(Head):
         logits = self.logits(hidden).float()
         out: list[tuple[Tensor, Tensor | None]] = []
         for draw in draws:
-            own = logits[draw.rows]
-            if draw.unconditional is not None:
-                free = logits[draw.unconditional]
-                own = free + draw.scale * (own - free)
+            own = draw.guided(logits)
             if draw.bias is not None:
                 own = own + draw.bias
             out.append(sample_logits(own, draw.sampling, draw.generator))

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from mm.heads._vectors import check_continuous, guided, mlp
+from mm.heads._vectors import check_continuous, mlp
 from mm.interfaces import Draw, Head, Spec
 
 
@@ -46,7 +46,7 @@ class RegressionHead(Head):
     ) -> list[tuple[Tensor, Float[Tensor, " m"] | None]]:
         """The same vector every time; temperature means nothing here."""
         made = self.net(hidden).float()
-        return [(guided(made, draw).cpu(), None) for draw in draws]
+        return [(draw.guided(made).cpu(), None) for draw in draws]
 
     def transition(
         self, hidden: Float[Tensor, "n W"], x: Tensor, step: int = 0

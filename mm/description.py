@@ -142,6 +142,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     check.types(config["vocabulary"], "the vocabulary", {"modalities": list})
     for entry in config["vocabulary"]["modalities"]:
         check.types(entry, "a modality of the vocabulary", {"name": str, "fingerprint": str})
+    if config.get("null_seen") is not None:
+        check.types(config, "it", {"null_seen": bool})
     if config.get("sampling") is not None:
         check.types(config, "it", {"sampling": dict})
         for name in config["sampling"]:

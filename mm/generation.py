@@ -8,6 +8,7 @@ the item and dropped at its end. Each row has its own random generator, so a see
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -83,10 +84,16 @@ class Engine:
     def _run(self, requests: Sequence[Request], on_step: Callable[[Event], None] | None) -> list[list[Segment]]:
         model, count = self.model, len(requests)
         rows = [Row(model, number, request) for number, request in enumerate(requests)]
-        guided = any(row.guided for row in rows)
+        twins = max(row.most_twins for row in rows)
+        if model.null_seen is False and any(row.guided for row in rows):
+            warnings.warn(
+                "guidance is on, but this model was trained without dropping its condition, so that what it is led away from "
+                "means nothing; set guidance to 1, or train with templates that drop the condition (drop: 0.1)",
+                stacklevel=4,
+            )
         capacity = max(row.need for row in rows)
         cache = KVCache(
-            model.backbone.config, count * (2 if guided else 1), capacity, model.device, model.embedding.weight.dtype
+            model.backbone.config, count * (1 + twins), capacity, model.device, model.embedding.weight.dtype
         )
         step = SingleStep(model.backbone, cache) if SingleStep.fits(model.backbone) else None
         while True:
@@ -123,7 +130,7 @@ class Engine:
         """Give every row that reads its hidden states the tokens its head draws: one call a head for the whole batch."""
         base = 0
         wanted: dict[int, list[tuple[Row, Feed, Tensor]]] = {}
-        twins: dict[int, Tensor] = {}
+        twins: dict[tuple[int, int], Tensor] = {}
         for feed in feeds:
             length = len(feed.order)
             if feed.read is not None:
@@ -132,8 +139,8 @@ class Engine:
                     if isinstance(feed.read, str)
                     else hidden[base + feed.read]
                 )
-                if feed.twin:
-                    twins[feed.row] = states
+                if feed.branch:
+                    twins[feed.row, feed.branch] = states
                 else:
                     row = rows[feed.row]
                     wanted.setdefault(row.head, []).append((row, feed, states))
@@ -146,19 +153,22 @@ class Engine:
                 place = slice(at, at + len(own))
                 parts.append(own)
                 at += len(own)
-                twin = twins.get(feed.row) if row.scale != 1.0 else None
-                unconditional = None
-                if twin is not None:
-                    parts.append(twin)
-                    unconditional = slice(at, at + len(twin))
-                    at += len(twin)
+                scale, context_scale = row.scales()
+                beside: list[slice | None] = [None, None]
+                for branch in (1, 2) if (scale, context_scale) != (1.0, 1.0) else ():
+                    if (twin := twins.get((feed.row, branch))) is not None:
+                        parts.append(twin)
+                        beside[branch - 1] = slice(at, at + len(twin))
+                        at += len(twin)
                 draws.append(
                     Draw(
                         rows=place,
                         sampling=row.sampling(head),
                         generator=row.generator,
-                        unconditional=unconditional,
-                        scale=row.scale,
+                        unconditional=beside[0],
+                        scale=scale,
+                        context=beside[1],
+                        context_scale=context_scale,
                         bias=row.bias(),
                     )
                 )

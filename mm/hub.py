@@ -73,6 +73,7 @@ def save_pretrained(
             "backbone": model.backbone.config.to_dict(),
             "modalities": [_describe_modality(modality, folder) for modality in model.modalities],
             "vocabulary": model.vocabulary.to_dict(),
+            "null_seen": model.null_seen,
             "sampling": {name: dataclasses.asdict(value) for name, value in (sampling or {}).items()},
         }
         safe_io.write_tensors(folder / WEIGHTS, state, {"format": "pt"})
@@ -191,6 +192,7 @@ def load_weights(model: MultimodalModel, path_or_name: str | os.PathLike[str]) -
                 f"the checkpoint's backbone has {name} {saved}, this one {value}; use the backbone it was trained with"
             )
     model.load_state_dict(_read_weights(folder, model))
+    model.null_seen = config.get("null_seen") or model.null_seen
 
 
 def _budget(elements: int) -> Any:
@@ -294,4 +296,6 @@ def _build(config: Mapping[str, Any], tokenizers: Mapping[str, ModalityTokenizer
         for entry in config["modalities"]
     ]
     backbone = attempt(lambda: BackboneConfig(**config["backbone"]), "the backbone")
-    return attempt(lambda: MultimodalModel(backbone, modalities, config["context"]), "the model")
+    model = attempt(lambda: MultimodalModel(backbone, modalities, config["context"]), "the model")
+    model.null_seen = config.get("null_seen")
+    return model

@@ -136,6 +136,11 @@ class ModalityTokenizer(Configured, abc.ABC):
     def decode(self, encoded: Encoded) -> Decoded:
         """The inverse as far as it goes. Never raises on ids within the spec, whatever their number or order."""
 
+    def embedding(self, width: int) -> nn.Module:
+        """How the backbone reads vectors: a new module (…, D) → (…, width), trained with the model. A linear map, unless the
+        tokenizer has more to say (`mm.soft_codes`)."""
+        return nn.Linear(self.spec.dim, width)
+
     def encode_batch(self, raws: Sequence[Any]) -> list[Encoded]:
         """Many items at once; tokenizers with a network override this with one batched forward."""
         return [self.encode(raw) for raw in raws]
@@ -183,6 +188,10 @@ class Sampling:
     """Evaluations of a diffusion head for each vector; 0 = the head's default."""
     guidance: float = 1.0
     """Classifier-free guidance s in u + s·(c − u); 1 = off (the second branch is not run)."""
+    context_guidance: float | None = None
+    """Scale of a second condition, for items that follow others (editing, interleaved documents): with u the null condition, i
+    the items of the context without its text, and c all of it, u + context_guidance·(i − u) + guidance·(c − i)
+    (InstructPix2Pix, section 3.2.1; Orthus; NextStep-1). None: one scale for both."""
     guidance_schedule: Literal["constant", "ramp"] = "constant"
     """`ramp`: from 1 to `guidance` over the item (ELM, MAR)."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
@@ -194,8 +203,9 @@ class Sampling:
             if isinstance(value, bool) or not isinstance(value, Integral):
                 raise ValueError(f"{name} must be a whole number, got {value!r:.60}")
             object.__setattr__(self, name, int(value))  # numpy's own types can't be saved
-        for name in ("temperature", "top_p", "guidance"):
-            object.__setattr__(self, name, _finite(name, getattr(self, name)))
+        for name in ("temperature", "top_p", "guidance", "context_guidance"):
+            if name != "context_guidance" or self.context_guidance is not None:
+                object.__setattr__(self, name, _finite(name, getattr(self, name)))
         if self.guidance_schedule not in ("constant", "ramp"):
             raise ValueError(f"guidance_schedule must be constant or ramp, got {self.guidance_schedule!r:.60}")
         interval = self.guidance_interval
@@ -206,8 +216,11 @@ class Sampling:
             raise ValueError(f"temperature must be >= 0, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
-        if abs(self.guidance) > MAX_GUIDANCE:
-            raise ValueError(f"guidance must be within ±{MAX_GUIDANCE:,}, got {self.guidance}")
+        if max(abs(self.guidance), abs(self.context_guidance or 0.0)) > MAX_GUIDANCE:
+            raise ValueError(
+                f"guidance and context_guidance must be within ±{MAX_GUIDANCE:,}, got {self.guidance} and "
+                f"{self.context_guidance}"
+            )
         if min(self.top_k, self.steps, self.denoising_steps) < 0:
             raise ValueError(
                 f"top_k, steps and denoising_steps must be >= 0 (0 = off / default), got {self.top_k}, {self.steps} and "
@@ -217,14 +230,24 @@ class Sampling:
         if not 0 <= lo <= hi <= 1:
             raise ValueError(f"guidance_interval must satisfy 0 <= from <= to <= 1, got {self.guidance_interval}")
 
+    @property
+    def guided(self) -> bool:
+        """Whether any branch beside the conditional one is needed."""
+        return self.guidance != 1.0 or self.context_guidance not in (None, 1.0)
+
     def scale(self, done: float) -> float:
         """Guidance scale when the fraction `done` of the item is generated."""
+        return self._scheduled(self.guidance, done)
+
+    def context_scale(self, done: float) -> float:
+        """Likewise of `context_guidance`."""
+        return self._scheduled(self.guidance if self.context_guidance is None else self.context_guidance, done)
+
+    def _scheduled(self, scale: float, done: float) -> float:
         lo, hi = self.guidance_interval
         if not lo <= done <= hi:
             return 1.0
-        if self.guidance_schedule == "ramp":
-            return 1.0 + (self.guidance - 1.0) * done
-        return self.guidance
+        return 1.0 + (scale - 1.0) * done if self.guidance_schedule == "ramp" else scale
 
 
 def _finite(name: str, value: Any) -> float:
@@ -305,8 +328,30 @@ class Draw:
     """Hidden states of the row's unconditional twin, when guidance is on."""
     scale: float = 1.0
     """Guidance scale s in u + s·(c − u)."""
+    context: slice | None = None
+    """Hidden states of the twin that sees the items of the context without its text, when these have a scale of their own."""
+    context_scale: float = 1.0
+    """Its scale k in u + k·(i − u) + s·(c − i)."""
     bias: Float[Tensor, " V"] | None = None
     """Added to the logits: −inf where the grammar forbids an id."""
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether a twin has any say: at scales of 1 none has, and its rows are not evaluated."""
+        return self.unconditional is not None and (
+            self.scale != 1.0 or (self.context is not None and self.context_scale != 1.0)
+        )
+
+    def guided(self, made: Float[Tensor, "n D"]) -> Float[Tensor, "m D"]:
+        """Of what a head predicts for all its hidden states, this draw's rows, guided."""
+        own = made[self.rows]
+        if not self.is_guided or self.unconditional is None:
+            return own
+        start = between = made[self.unconditional]
+        if self.context is not None:
+            between = made[self.context]
+            start = start + self.context_scale * (between - start)
+        return start + self.scale * (own - between)
 
 
 class Head(Configured, nn.Module, abc.ABC):

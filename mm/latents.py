@@ -3,7 +3,7 @@
 | kind | vectors become | source |
 |---|---|---|
 | `none` | what they are | |
-| `scale` | x · factor, one number: 1 / standard deviation where none is given | Rombach et al. 2022, section G (0.18215); MAR 0.2325, Orthus 0.1 |
+| `scale` | x · factor, one number (1 / standard deviation) | Rombach et al. 2022, section G; MAR 0.2325 |
 | `channel` | (x − mean) / standard deviation, by channel | |
 | `robust` | (x − median) / (0.7413 · interquartile range), by channel: outliers don't count | LCM, section 2.4.1 |
 | `token` | each vector by itself: mean 0 and variance 1 over its channels | NextStep-1, section 3.3 |
@@ -71,7 +71,9 @@ class LatentNormalizer(nn.Module):
     def fit(self, vectors: Float[Tensor, "N D"]) -> None:
         """Take the statistics from data. Raises `ValueError` for vectors of another width or that are not numbers."""
         if vectors.ndim != 2 or vectors.shape[1] != self.dim or not len(vectors):
-            raise ValueError(f"a normaliser of width {self.dim} got vectors {tuple(vectors.shape)}; give (N, {self.dim})")
+            raise ValueError(
+                f"a normaliser of width {self.dim} got vectors {tuple(vectors.shape)}; give (N, {self.dim})"
+            )
         if not bool(vectors.isfinite().all()):
             raise ValueError("the vectors to be normalised hold values that are not numbers; look at what encoded them")
         if self.kind in ("none", "token"):

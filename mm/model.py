@@ -47,6 +47,8 @@ class MultimodalModel(nn.Module):
         self.vocabulary = Vocabulary([(m.name, m.tokenizer.spec) for m in modalities])
         self.modalities = list(modalities)
         self.context = context
+        self.null_seen: bool | None = None
+        """Whether training showed it the null condition, which guidance needs; None: not known."""
         self.grammar = Grammar(self.vocabulary)
         self.build_document = DocumentBuilder(self.modalities, self.vocabulary)
         width = backbone.width
@@ -63,7 +65,7 @@ class MultimodalModel(nn.Module):
             if spec.kind == "codes":
                 self.code_embeddings[modality.name] = nn.Embedding(spec.num_codes * spec.vocab_size, width)
             elif spec.kind == "continuous":
-                self.latent_embeddings[modality.name] = nn.Linear(spec.dim, width)
+                self.latent_embeddings[modality.name] = modality.tokenizer.embedding(width)
             for name, features in getattr(modality.order, "conditions", {}).items():
                 known = self.inject[name].features if name in self.inject else features
                 if known != features:
@@ -110,12 +112,12 @@ class MultimodalModel(nn.Module):
                 valid = (record.values >= 0)[..., None]
                 x = x.index_add(0, record.index, (table(shifted.clamp(min=0)) * valid).sum(1).to(x.dtype))
             for name, record in stream.latents.items():
-                linear, values = cast(nn.Linear, self.latent_embeddings[name]), record.values
+                values = record.values
                 if noise is not None and name in noise:
                     process = self.process(self.vocabulary.index[name])
                     assert process is not None
                     values = process.corrupt(values, noise[name], stream.time[record.index])
-                x = x.index_add(0, record.index, linear(values.to(linear.weight.dtype)).to(x.dtype))
+                x = x.index_add(0, record.index, self.latent_embeddings[name](values.to(x.dtype)).to(x.dtype))
         else:
             x = self.embedding(stream.ids)
         hidden = stream.time > 0

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mm.grid import coordinates
 from mm.interfaces import Encoded, Layout, Proposal, Sampling, Session
-from mm.layout import Segment
+from mm.layout import NULL, Segment
 from mm.tracks import Feed, Track
 
 if TYPE_CHECKING:
@@ -27,8 +27,8 @@ class Row:
         self.model, self.number, self.request = model, number, request
         self.vocabulary, self.grammar = model.vocabulary, model.grammar
         self.generator = torch.Generator().manual_seed(request.seed)
-        self.main = Track(number, False)
-        self.twin: Track | None = None
+        self.main = Track(number)
+        self.twins: list[Track] = []
         self.segments: list[Segment] = []
         self.text: list[int] = []
         self.forced = list(request.items)
@@ -55,7 +55,9 @@ class Row:
         self.limit = min(limit, model.context)
         self.need = self.limit + 2  # a twin adds `bos null` to an item that fits the row
         names = [name for name, _ in self.forced] + (self._openable_names() if request.free else [])
-        self.guided = any(self._sampling(name).guidance != 1.0 for name in names)
+        samplings = [self._sampling(name) for name in names]
+        self.guided = any(sampling.guided for sampling in samplings)
+        self.most_twins = max(((1 if s.context_guidance is None else 2) * s.guided for s in samplings), default=0)
         self._advance()
 
     def _sampling(self, name: str) -> Sampling:
@@ -94,15 +96,7 @@ class Row:
             )
         if stream.codes:
             raise ValueError("prompts with sub-codes are not supported by this engine yet")
-        track = self.main
-        track.modality, track.ids = stream.modality.tolist(), stream.ids.tolist()
-        track.orders = stream.order.tolist()
-        track.position = [(a, b, c) for a, b, c in stream.position.tolist()]
-        for kind in ("latents", "inject"):
-            for name, record in getattr(stream, kind).items():
-                track.records[kind, name] = (list(record.values), record.index.tolist())
-        track.length = len(stream)
-        track.order, track.cursor = max(track.orders) + 1, float(stream.position.max()) + 1.0
+        self.main.given(stream)
 
     # --- the state machine --------------------------------------------------------------------------------------------
 
@@ -129,10 +123,29 @@ class Row:
         self._end_text()
         self.item = self.vocabulary.index[name]
         self.main.controls([self.vocabulary.begin(name)])
-        if self._sampling(name).guidance != 1.0:
-            self.twin = Track(self.number, True)
-            self.twin.controls([self.vocabulary.control("bos"), self.vocabulary.control("null")])
-            self.twin.controls([self.vocabulary.begin(name)])
+        self._open_twins(self._sampling(name))
+        for twin in self.twins:
+            twin.controls([self.vocabulary.begin(name)])
+
+    def _open_twins(self, sampling: Sampling) -> None:
+        """For guidance, what the item would be without the context: after `bos null`; and where the items of the context have
+        a scale of their own, after `bos null` and those items."""
+        self.twins = []
+        if not sampling.guided:
+            return
+        scale, host = sampling.context_guidance, self.vocabulary.host.name
+        items = [
+            replace(s, loss=False) for s in (*self.request.prompt, *self.segments) if s.modality not in (host, NULL)
+        ]
+        apart = scale is not None and scale != sampling.guidance and bool(items)
+        if sampling.guidance == 1.0 and not apart:
+            return
+        contexts = [[], items] if apart and scale != 1.0 else [items] if apart else [[]]
+        for branch, context in enumerate(contexts, 1):
+            twin = Track(self.number, branch)
+            document = [Segment(NULL, None, loss=False), *context]
+            twin.given(self.model.build_document(document, torch.Generator().manual_seed(0), close=False))
+            self.twins.append(twin)
 
     def _extents(self, ids: Sequence[int]) -> None:
         for track in self._tracks():
@@ -189,7 +202,7 @@ class Row:
         """The item is complete: keep it clean in the cache, end it, drop the twin."""
         assert self.session is not None
         modality, content = self.model.modalities[self.item], self.session.content()
-        self.twin = None
+        self.twins = []
         micro = getattr(modality.order, "micro", ())
         if self.entry.kind == "continuous":
             encoded = Encoded(grid=self.grid, latents=content, micro=micro)
@@ -215,17 +228,18 @@ class Row:
         self._end_text()
         self.state = "done"
 
-    @property
-    def scale(self) -> float:
-        """Guidance scale of the current step."""
-        if self.twin is None or self.proposal is None:
-            return 1.0
-        return self._sampling(self.model.modalities[self.item].name).scale(self.proposal.done)
+    def scales(self) -> tuple[float, float]:
+        """Guidance scales of the current step: of the whole context, and of its items."""
+        if not self.twins or self.proposal is None:
+            return 1.0, 1.0
+        sampling, done = self._sampling(self.model.modalities[self.item].name), self.proposal.done
+        scale = sampling.scale(done)
+        return scale, (sampling.context_scale(done) if len(self.twins) > 1 else scale)
 
     # --- what the engine asks -----------------------------------------------------------------------------------------
 
     def _tracks(self) -> list[Track]:
-        return [self.main] if self.twin is None else [self.main, self.twin]
+        return [self.main, *self.twins]
 
     def feeds(self) -> list[Feed]:
         if self.state == "done":

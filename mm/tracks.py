@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mm.interfaces import Layout
-from mm.stream import Placed
+from mm.stream import Placed, TokenStream
 
 if TYPE_CHECKING:
     from mm.vocabulary import Entry
@@ -21,10 +21,11 @@ Records = dict[tuple[str, str], tuple[Tensor, Tensor]]
 
 @dataclass(kw_only=True)
 class Feed:
-    """Positions that one row (or its unconditional twin) feeds in one pass."""
+    """Positions that one row (or a twin of it) feeds in one pass."""
 
     row: int
-    twin: bool
+    branch: int
+    """0: the row itself; 1, 2: its twins, for guidance."""
     modality: list[int]
     ids: list[int]
     order: list[int]
@@ -45,14 +46,14 @@ class Feed:
 
     def slot(self, rows: int) -> int:
         """Row of the cache: twins stand behind all rows."""
-        return self.row + rows if self.twin else self.row
+        return self.row + rows * self.branch
 
 
 class Track:
     """Where one sequence stands (next order, next coordinate) and what waits to be fed."""
 
-    def __init__(self, row: int, twin: bool) -> None:
-        self.row, self.twin = row, twin
+    def __init__(self, row: int, branch: int = 0) -> None:
+        self.row, self.branch = row, branch
         self.order, self.cursor, self.length = 0, 0.0, 0
         self.fresh = True
         self._clear()
@@ -84,6 +85,16 @@ class Track:
         place = (c + coordinate[0], c + coordinate[1], c + coordinate[2])
         self._push(number, global_id(entry, token), self.order + offset, place)
 
+    def given(self, stream: TokenStream) -> None:
+        """Begin with a document's positions."""
+        self.modality, self.ids, self.orders = stream.modality.tolist(), stream.ids.tolist(), stream.order.tolist()
+        self.position = [(a, b, c) for a, b, c in stream.position.tolist()]
+        for kind in ("latents", "inject"):
+            for name, record in getattr(stream, kind).items():
+                self.records[kind, name] = (list(record.values), record.index.tolist())
+        self.length = len(stream)
+        self.order, self.cursor = max(self.orders) + 1, float(stream.position.max()) + 1.0
+
     def leave(self, orders: int, extent: float) -> None:
         self.order += orders
         self.cursor += extent
@@ -98,14 +109,14 @@ class Track:
     def flush(self, read: str | None) -> Feed:
         feed = Feed(
             row=self.row,
-            twin=self.twin,
+            branch=self.branch,
             modality=self.modality,
             ids=self.ids,
             order=self.orders,
             position=self.position,
             records={key: (torch.stack(v), torch.tensor(i)) for key, (v, i) in self.records.items()},
             read=read,
-            reset=self.twin and self.fresh,
+            reset=self.branch > 0 and self.fresh,
         )
         self.fresh = False
         self._clear()
@@ -123,7 +134,7 @@ class Track:
             ids = (held + entry.start).tolist()
         return Feed(
             row=self.row,
-            twin=self.twin,
+            branch=self.branch,
             modality=[number] * count,
             ids=ids,
             order=(layout.order + self.order).tolist(),

@@ -18,6 +18,9 @@ from mm.optimization import optimizer_and_schedule
 from mm.resume import RandomState
 from mm.stream import TokenStream
 
+SPREAD = (0.2, 5.0)
+"""Standard deviations of vectors between which diffusion is trained without a question."""
+
 
 class ModelTraining(pl.LightningModule):
     """Trains the model of a configuration on packed token streams.
@@ -30,6 +33,10 @@ class ModelTraining(pl.LightningModule):
         lr, betas, weight_decay, warmup_steps, lr_floor: of the optimizer; linear warm-up, then cosine to lr_floor·lr at
             the trainer's last step.
         initial: a checkpoint directory of this project whose weights training starts from.
+        adopt: as `initial`, of a model with other tokenizers: what means the same is taken over (`mm.adopt`).
+        train_only: parts of the model that are trained (`heads.image`, `latent_embeddings.image`, `backbone`, …); the others
+            stay bit for bit what they are. Empty: all.
+        unnormalized: vectors whose spread is far from 1 are accepted as data for diffusion.
         sample_prompts: captions whose pictures are generated and logged at every validation.
     """
 
@@ -45,6 +52,9 @@ class ModelTraining(pl.LightningModule):
         warmup_steps: int = 100,
         lr_floor: float = 0.05,
         initial: str | None = None,
+        adopt: str | None = None,
+        train_only: list[str] | None = None,
+        unnormalized: bool = False,
         sample_prompts: list[str] | None = None,
         sample_guidance: float = 3.0,
     ) -> None:
@@ -60,10 +70,22 @@ class ModelTraining(pl.LightningModule):
         for modality in modalities:  # tokenizers with weights are part of the data path, not of what is trained
             if isinstance(modality.tokenizer, torch.nn.Module):
                 modality.tokenizer.eval().requires_grad_(False)
+        self.unnormalized = unnormalized
+        self._spread_known = unnormalized
+        if initial is not None and adopt is not None:
+            raise ValueError("give initial (the same tokenizers) or adopt (others), not both")
         if initial is not None:
             from mm.hub import load_weights
 
             load_weights(self.model, initial)
+        if adopt is not None:
+            from mm import adopt as adoption
+
+            adoption.adopt(self.model, adopt)
+        if train_only:
+            from mm.adopt import train_only as freeze
+
+            freeze(self.model, train_only)
 
     def configure_optimizers(self) -> Any:
         return optimizer_and_schedule(
@@ -78,7 +100,26 @@ class ModelTraining(pl.LightningModule):
         )
 
     def training_step(self, batch: TokenStream, batch_idx: int) -> Tensor:
+        if not self._spread_known:
+            self._check_spread(batch)
+        if not self.model.null_seen:
+            null = self.model.vocabulary.control("null")
+            self.model.null_seen = bool((batch.ids == null).any())
         return self._step(batch, "train")
+
+    def _check_spread(self, batch: TokenStream) -> None:
+        """Raises `ValueError` where the first vectors that diffusion is to learn are far from unit spread, as its schedules
+        take them to be: the latents of an autoencoder that nobody normalised."""
+        for name, record in batch.latents.items():
+            number = self.model.vocabulary.index[name]
+            diffuses = self.model.process(number) is not None or hasattr(self.model.head(name), "process")
+            spread = float(record.values.float().std())
+            if diffuses and not SPREAD[0] <= spread <= SPREAD[1]:
+                raise ValueError(
+                    f"the vectors of {name!r} have a standard deviation of {spread:.3g}, and diffusion takes it to be about 1 "
+                    f"({SPREAD[0]:g} to {SPREAD[1]:g}); normalise them (mm.latents), or set unnormalized: true"
+                )
+        self._spread_known = bool(batch.latents) or not self.model.latent_embeddings
 
     def validation_step(self, batch: TokenStream, batch_idx: int) -> Tensor:
         return self._step(batch, "val")
@@ -141,7 +182,8 @@ class ModelTraining(pl.LightningModule):
                 prompt=[Segment(host, prompt, loss=False)],
                 items=[(image.name, image.max_grid)],
                 text=False,
-                sampling=Sampling(guidance=self.sample_guidance),
+                # before the null condition was ever seen, guidance would spoil the pictures
+                sampling=Sampling(guidance=self.sample_guidance if model.null_seen else 1.0),
                 seed=number,
             )
             for number, prompt in enumerate(self.sample_prompts)

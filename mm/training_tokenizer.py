@@ -31,7 +31,6 @@ from mm.reconstruction import (
 )
 from mm.trainable import TrainableTokenizer
 
-
 STATISTICS = 4096
 """Training pictures that statistics of latents are taken from."""
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mm.generation import Engine, Request
 from mm.heads.diffusion import DiffusionHead
+from mm.heads.regression import RegressionHead
 from mm.hub import load_pretrained, save_pretrained
 from mm.interfaces import Draw, Encoded, Order, Sampling
 from mm.layout import Segment
@@ -199,3 +200,55 @@ def test_confidence_needs_a_density() -> None:
     one = tiny(Masked(steps=2), tokenizer=ImagePatches(size=8, patch=2), head=head)
     with pytest.raises(ValueError, match="set choice: random"):
         Engine(one).generate([Request(prompt=[text("a")], items=[("image", (2, 2))], text=False)])
+
+
+def first_vector(model: MultimodalModel, given: list[Segment]) -> Tensor:
+    """What the head makes of the state in which a document stands before the first element of a picture of 1×1."""
+    vocabulary = model.vocabulary
+    opened = vocabulary.opening("image", (1, 1))
+    whole = model.build_document(
+        [*given, Segment("image", picture(1, 1), loss=False)], torch.Generator().manual_seed(0)
+    )
+    ids = whole.ids.tolist()
+    before = max(i for i in range(len(ids)) if ids[i : i + 3] == opened) + 2
+    return model.head("image").net(model(whole)[before])  # type: ignore[operator]
+
+
+@torch.inference_mode()
+def test_text_and_pictures_of_the_context_have_guidance_of_their_own() -> None:
+    """u + k·(i − u) + s·(c − i), each from a document of its own."""
+    net = tiny(Raster(), seed=3, tokenizer=ImagePatches(size=8, patch=2), head=RegressionHead(), qk_norm=True).eval()
+    shown = Segment("image", picture(2, 1, seed=4), loss=False)
+    prompt, null = [text("as"), shown, text("but red")], Segment("null", None, loss=False)
+    given, items, free = (first_vector(net, segments) for segments in (prompt, [null, shown], [null]))
+
+    def made(**scales: Any) -> Tensor:
+        request = Request(prompt=prompt, items=[("image", (1, 1))], text=False, sampling=Sampling(**scales))
+        ((segment,),) = Engine(net).generate([request])
+        return segment.content.content[0]
+
+    assert float((given - items).abs().max()) > 1e-2 and float((items - free).abs().max()) > 1e-2
+    for guidance, context in ((3.0, 2.0), (1.0, 2.5), (4.0, 1.0), (2.0, 0.0), (2.0, 2.0)):
+        wanted = free + context * (items - free) + guidance * (given - items)
+        assert torch.allclose(made(guidance=guidance, context_guidance=context), wanted, atol=1e-4), (guidance, context)
+    assert torch.allclose(made(guidance=2.0), free + 2.0 * (given - free), atol=1e-4)
+    assert torch.equal(made(guidance=1.0, context_guidance=1.0), made())
+
+
+def test_both_guidances_reach_the_diffusion_head() -> None:
+    """With equal scales the three branches say what two do; rows of a batch may differ in how many they have."""
+    net = model()
+    prompt = [text("as"), Segment("image", picture(2, 2), loss=False), text("but red")]
+
+    def asked(seed: int, **scales: Any) -> Request:
+        return Request(prompt=prompt, items=[("image", (2, 1))], text=False, sampling=Sampling(**scales), seed=seed)
+
+    kinds = [dict(guidance=3.0), dict(guidance=3.0, context_guidance=1.5), dict(), dict(context_guidance=2.0)]
+    requests = [asked(n, **scales) for n, scales in enumerate(kinds)]
+    together = Engine(net).generate(requests)
+    same(together, [Engine(net).generate([request])[0] for request in requests])
+    near = Engine(net).generate([asked(0, guidance=3.0, context_guidance=3.0 + 1e-7)])
+    assert torch.allclose(near[0][0].content.content, together[0][0].content.content, atol=1e-4)
+    assert not torch.allclose(
+        together[1][0].content.content, Engine(net).generate([asked(1)])[0][0].content.content, atol=1e-3
+    )

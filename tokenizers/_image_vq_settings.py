@@ -10,6 +10,7 @@ from mm.quantizers import codebook_numbers
 
 FORMAT, WHAT = "mm.tokenizers.image_vq", "image tokenizer"
 
+
 def read(folder: Path, defaults: dict[str, Any]) -> dict[str, Any]:
     """The settings in a folder, exactly these names, each of its type.
 

@@ -156,9 +156,8 @@ class ImageVAE(LatentPictures, TrainableTokenizer):
         inward, outward = self.encoder.linear[1], self.decoder.linear[0]
         assert isinstance(inward, nn.Conv2d) and isinstance(outward, nn.Conv2d)
         assert inward.bias is not None and outward.bias is not None
-        for layer in (inward, outward):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        for values in (inward.weight, inward.bias, outward.weight, outward.bias):
+            nn.init.zeros_(values)
         inward.weight[:kept, :, 0, 0] = axes / spread[:, None]
         inward.bias[:kept] = -(axes @ centre) / spread
         # a deviation that costs little of a picture, whatever the component's share in it

@@ -43,6 +43,7 @@ class SamplingOptions(TypedDict, total=False):
     steps: int
     denoising_steps: int
     guidance: float
+    context_guidance: float | None
     guidance_schedule: Literal["constant", "ramp"]
     guidance_interval: tuple[float, float]
 

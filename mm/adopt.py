@@ -1,0 +1,121 @@
+"""Starting from a model of other tokenizers: what means the same in both is taken over, the rest begins anew.
+
+So a trained model of picture ids becomes the base of a model of picture vectors (Orthus begins with Chameleon).
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor, nn
+
+from mm.soft_codes import SoftCodebook
+
+if TYPE_CHECKING:
+    from mm.model import MultimodalModel
+    from mm.vocabulary import Entry
+
+
+@torch.no_grad()
+def adopt(model: MultimodalModel, path_or_name: str | os.PathLike[str]) -> list[str]:
+    """Copy from a checkpoint into `model`, and say what (names of parts).
+
+    Taken over are the backbone, conditions that orders inject, the host's and the controls' embeddings and the host's head;
+    of every other modality of the same name and tokenizer its embedding and, where it has the same shape, its head; and for a
+    soft codebook (`mm.soft_codes`) made from the checkpoint's picture tokenizer, the embeddings of its ids as rows.
+
+    Raises:
+        ValueError: another backbone, another host tokenizer, or modalities in another order; nothing is changed then.
+    """
+    from mm.hub import load_pretrained
+
+    other = load_pretrained(path_or_name)
+    for name, value in model.backbone.config.to_dict().items():
+        theirs = other.backbone.config.to_dict()[name]
+        if theirs != value and name not in ("dropout", "checkpointing"):
+            raise ValueError(f"the checkpoint's backbone has {name} {theirs}, this one {value}; use the checkpoint's")
+    mine, host = model.vocabulary, other.vocabulary.host
+    if (mine.host.name, mine.host.fingerprint) != (host.name, host.fingerprint):
+        raise ValueError(
+            f"the checkpoint's host is {host.name!r} with the tokenizer {host.fingerprint!r}, here it is {mine.host.name!r} "
+            f"with {mine.host.fingerprint!r}; use the checkpoint's text tokenizer"
+        )
+    shared = [(a.name, b.name) for a, b in zip(mine.entries, other.vocabulary.entries, strict=False)]
+    if any(a != b for a, b in shared):  # controls go by number
+        raise ValueError(
+            f"the modalities here are {', '.join(mine.index)}, the checkpoint's {', '.join(other.vocabulary.index)}; "
+            "begin with the same ones in the same order"
+        )
+    taken = ["backbone", "embedding", f"heads.{host.name}"]
+    model.backbone.load_state_dict(other.backbone.state_dict())
+    first = mine.entries[1].start if len(mine.entries) > 1 else len(mine)
+    model.embedding.weight[:first] = other.embedding.weight[:first]
+    _copy(model.heads[host.name], other.heads[host.name])
+    for name in model.inject:
+        if name in other.inject and _copy(model.inject[name], other.inject[name]):
+            taken.append(f"inject.{name}")
+    for number, (name, _) in enumerate(shared):
+        model.mask.weight[number] = other.mask.weight[number]
+        if number:
+            taken += _adopt_modality(model, other, mine[name], other.vocabulary[name])
+    return taken
+
+
+def _adopt_modality(model: MultimodalModel, other: MultimodalModel, mine: Entry, theirs: Entry) -> list[str]:
+    name, taken = mine.name, []
+    soft = model.latent_embeddings[name] if name in model.latent_embeddings else None
+    if mine.fingerprint == theirs.fingerprint and mine.kind == theirs.kind:
+        if mine.kind == "discrete":
+            model.embedding.weight[mine.start : mine.stop] = other.embedding.weight[theirs.start : theirs.stop]
+        for tables, sources in (
+            (model.code_embeddings, other.code_embeddings), (model.latent_embeddings, other.latent_embeddings),
+        ):  # fmt: skip
+            if name in tables and name in sources and _copy(tables[name], sources[name]):
+                taken.append(f"embedding of {name}")
+        if _copy(model.heads[name], other.heads[name]):
+            taken.append(f"heads.{name}")
+    elif isinstance(soft, SoftCodebook) and theirs.kind == "discrete":
+        tokenizer = model.modalities[model.vocabulary.index[name]].tokenizer
+        if getattr(tokenizer, "origin", None) == theirs.fingerprint and soft.rows.num_embeddings == theirs.size:
+            soft.rows.weight.copy_(other.embedding.weight[theirs.start : theirs.stop])
+            taken.append(f"rows of {name}")
+    return taken
+
+
+def _copy(into: nn.Module, source: nn.Module) -> bool:
+    """All weights, if names and shapes are the same."""
+
+    def shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(cast(Tensor, value).shape) for name, value in module.state_dict().items()}
+
+    if shapes(into) != shapes(source):
+        return False
+    into.load_state_dict(source.state_dict())
+    return True
+
+
+def train_only(model: nn.Module, parts: list[str]) -> None:
+    """Freeze every parameter but those whose name begins with one of `parts` (`heads.image`, `latent_embeddings.image`).
+    Raises `ValueError` for a part that no parameter has."""
+    names = [name for name, _ in model.named_parameters()]
+    for part in parts:
+        if not any(_within(name, part) for name in names):
+            known = sorted({".".join(name.split(".")[:2]) for name in names if not name.startswith("backbone.")})
+            raise ValueError(
+                f"train_only names {part!r}, which no weight belongs to; there are backbone, {', '.join(known)}"
+            )
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(_within(name, part) for part in parts))
+
+
+def _within(name: str, part: str) -> bool:
+    return name == part or name.startswith(f"{part}.")
+
+
+def fingerprint(module: nn.Module) -> str:
+    """Sixteen hexadecimal digits that change with any weight of a module: to show that it stayed as it was."""
+    from mm.saved import digest
+
+    return digest({}, {name: value for name, value in module.state_dict().items() if isinstance(value, torch.Tensor)})

@@ -1,0 +1,155 @@
+"""Pictures ↔ the features of a VQ autoencoder before they are quantised (Orthus, Kou et al. 2025, section 3.2).
+
+The encoder and decoder are those of an `image_vq` tokenizer with one codebook. The backbone reads a feature by a soft lookup in
+that codebook (`mm.soft_codes`), so that a model trained on the ids can go on with the vectors: `ModelTraining(adopt=…)`. The
+decoder can be trained further on the features (`mm fit` with `TokenizerModule(frozen: [encoder])`), as Orthus does.
+
+Letters in shapes: B batch, H and W rows and columns of pixels, h and w of the grid, C channels of a feature.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mm import plugins, safe_io, saved
+from mm.autoencoder import Decoder, Encoder, check_shape
+from mm.latent_pictures import LatentPictures
+from mm.latents import Kind, LatentNormalizer
+from mm.soft_codes import SoftCodebook
+from mm.trainable import Reconstruction, TrainableTokenizer
+
+FORMAT, WHAT = "mm.tokenizers.image_softvq", "soft-VQ tokenizer"
+DEFAULTS: dict[str, Any] = dict(
+    size=32, downsample=4, patch=4, channels=64, multipliers=[1], blocks=1, block="residual", decoder_channels=64,
+    decoder_blocks=1, attention_heads=0, codebook_size=1024, code_dim=8, temperature=1.0, normalizer="scale", origin="",
+)  # fmt: skip
+
+
+class ImageSoftVQ(LatentPictures, TrainableTokenizer):
+    """Un-quantised features of a VQ tokenizer.
+
+    Args:
+        source: the VQ tokenizer: a folder that `ImageVQ.save` wrote, the name of one shipped with the package, or an
+            `ImageVQ`.
+        temperature: τ of the soft lookup, in squared units of the features (Orthus: 1).
+        normalizer: how features are brought to unit spread (`scale`, `channel`, `robust` or `none`); a new tokenizer's
+            statistics are those of the codebook's entries, until `mm fit` or `fit_normalizer` takes them from pictures.
+        pretrained: a folder that `save` wrote; replaces every other argument.
+
+    Raises:
+        ValueError: neither or both of `source` and `pretrained`; a tokenizer without one codebook (fsq, residual, …); files
+            that are missing, damaged or foreign.
+    """
+
+    codes: Tensor
+
+    def __init__(
+        self,
+        source: str | nn.Module | None = "emoji_vq",
+        temperature: float = 1.0,
+        normalizer: Kind = "scale",
+        pretrained: str | None = None,
+    ) -> None:
+        super().__init__()
+        if pretrained is not None:
+            folder = saved.find(pretrained, WHAT)
+            self._build(saved.read(folder, FORMAT, DEFAULTS, f"a {WHAT}"))
+            self.load_state_dict(saved.read_weights(folder, self.state_dict()))
+            self.eval()
+            saved.check_whole(folder, self.fingerprint, self.config, self.state_dict())
+            return
+        if source is None:
+            raise ValueError("give source, a VQ tokenizer whose features are the tokens, or pretrained")
+        vq = plugins.load("tokenizers", "image_vq")(pretrained=source) if isinstance(source, str) else source
+        self._from(vq, temperature, normalizer)
+
+    def _from(self, vq: Any, temperature: float, normalizer: Kind) -> None:
+        if vq.quantizer.name != "vq":
+            raise ValueError(f"a soft lookup needs the quantizer vq, which has one codebook; got {vq.quantizer.name}")
+        mine = {"temperature": float(temperature), "normalizer": normalizer, "origin": vq.fingerprint}
+        self._build({name: mine.get(name, vq.config.get(name)) for name in DEFAULTS})
+        self.encoder.load_state_dict(vq.encoder.state_dict())
+        self.decoder.load_state_dict(vq.decoder.state_dict())
+        self.codes.copy_(vq.quantizer.codebooks()[0].embed[0])
+        self.normalizer.fit(self.codes)
+        self.eval()
+
+    def _build(self, c: dict[str, Any]) -> None:
+        check_shape(c)
+        if c["normalizer"] == "token":
+            raise ValueError(
+                "the normalizer token forgets a feature's length, which its distance to codes needs; use scale"
+            )
+        if not (1 <= c["code_dim"] <= 4096 and 2 <= c["codebook_size"] <= 1 << 18):
+            raise ValueError(
+                f"a codebook of {c['codebook_size']} codes of width {c['code_dim']} is none that can be used"
+            )
+        self.config = c
+        self.fit_to(c["size"], c["downsample"], c["code_dim"], LatentNormalizer(c["normalizer"], c["code_dim"]))
+        shared: dict[str, Any] = dict(
+            latent=c["code_dim"], patch=c["patch"], attention_heads=c["attention_heads"], block=c["block"]
+        )
+        self.encoder = Encoder([c["channels"] * m for m in c["multipliers"]], blocks=c["blocks"], **shared)
+        widths = [c["decoder_channels"] * m for m in c["multipliers"]]
+        self.decoder = Decoder(widths, blocks=c["decoder_blocks"], **shared)
+        self.register_buffer("codes", torch.zeros(c["codebook_size"], c["code_dim"]))
+
+    # ---- the plug-in contract ----------------------------------------------------------------------------------------
+
+    def embedding(self, width: int) -> nn.Module:
+        normalizer = self.normalizer
+        return SoftCodebook(self.codes, width, self.config["temperature"], normalizer.shift, normalizer.scale)
+
+    @property
+    def origin(self) -> str:
+        """Fingerprint of the VQ tokenizer whose ids the codes are."""
+        return cast(str, self.config["origin"])
+
+    def latents(self, x: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B C h w"]:
+        return self.encoder(x)
+
+    def pixels(self, z: Float[Tensor, "B C h w"]) -> Float[Tensor, "B 3 H W"]:
+        return self.decoder(z)
+
+    # ---- training of the decoder -------------------------------------------------------------------------------------
+
+    def reconstruct(self, batch: Float[Tensor, "B 3 H W"]) -> Reconstruction:
+        return Reconstruction(self.decoder(self.encoder(batch)), None, batch.new_zeros(()))
+
+    def last_layer(self) -> Tensor:
+        return self.decoder.last.weight
+
+    def synchronise(self, enabled: bool) -> None:
+        """Nothing here is learned but by gradients."""
+
+    def before_saving(self, pictures: Float[Tensor, "B 3 H W"]) -> None:
+        self.fit_normalizer(pictures)
+
+    # ---- identity, saving, loading -----------------------------------------------------------------------------------
+
+    def identity(self) -> str:
+        """Of encoder, codebook and normaliser: the decoder may be trained further."""
+        config = {name: value for name, value in self.config.items() if not name.startswith("decoder_")}
+        state = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("decoder.")}
+        return f"image_softvq-{saved.digest(config, state)}"
+
+    def save(self, path: str | Path) -> None:
+        """Write `config.json` and `model.safetensors` into the folder `path`, both or neither."""
+        self.weights_changed()
+        with safe_io.atomic_folder(path, last=saved.CONFIG) as folder:
+            saved.write(folder, FORMAT, self.config, self.state_dict(), self.fingerprint)
+
+    @classmethod
+    def from_directory(cls, path: str | Path) -> ImageSoftVQ:
+        """A saved tokenizer, in evaluation mode. Raises `ValueError` as the constructor does."""
+        return cls(pretrained=str(path))
+
+    @classmethod
+    def tiny(cls) -> ImageSoftVQ:
+        """A small random tokenizer, for tests."""
+        return cls(plugins.load("tokenizers", "image_vq").tiny())  # type: ignore[attr-defined]
