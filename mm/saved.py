@@ -102,5 +102,5 @@ def digest(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:
     for name, tensor in sorted(state.items()):
         values = tensor.detach().cpu().contiguous()
         found.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
-        found.update(memoryview(values.reshape(-1).view(torch.uint8).numpy()))
+        found.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()[:16]

@@ -22,6 +22,7 @@ from mm.evaluate.command import open_source, parse_data, parser
 from mm.evaluate.digits import digit_words, variety
 from mm.evaluate.emoji import choose, named
 from mm.evaluate.emoji_judge import choose_controls
+from mm.evaluate.frechet import frechet_distance
 from mm.evaluate.gallery import Gallery, Nearest, load_gallery
 from mm.evaluate.networks import Judge, obtain, one_cycle, train, vary
 from mm.evaluate.protocol import Augmentation, Protocol, Recipe
@@ -254,6 +255,22 @@ def test_words_of_captions() -> None:
     assert digit_words("someone, often") == set()
     assert named("red apple, noto", ["noto", "twemoji"]) == {"noto"}
     assert named("notorious apple", ["noto", "twemoji"]) == set()
+
+
+def test_frechet_distance_is_that_of_normal_distributions() -> None:
+    """In closed form where the covariances are diagonal; 0 between a set and itself; larger sets come nearer to the truth."""
+    rng = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(20000, 3, generator=rng) for _ in range(2))
+    scale, move = torch.tensor([1.0, 2.0, 0.5]), torch.tensor([0.0, 1.0, -2.0])
+    wanted = float(move.square().sum() + (scale - 1).square().sum())
+    assert abs(frechet_distance(a, b * scale + move) - wanted) < 0.1
+    assert frechet_distance(a, a) < 1e-9
+    assert frechet_distance(a[:50], b[:50]) > frechet_distance(a, b)
+    turned = torch.linalg.qr(torch.randn(3, 3, generator=rng)).Q
+    assert math.isclose(frechet_distance(a @ turned, b * scale @ turned), frechet_distance(a, b * scale), rel_tol=1e-4)
+    for wrong, message in ((a[:1], "two sets of two or more"), (a[:, :2], "of one width"), (a / 0, "not numbers")):
+        with pytest.raises(ValueError, match=message):
+            frechet_distance(a, wrong)
 
 
 def test_variety_compares_with_people() -> None:

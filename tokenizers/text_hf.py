@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mm import safe_io
+from mm import safe_io, saved
 from mm.interfaces import Decoded, Encoded, ModalityTokenizer, Spec
 
 if TYPE_CHECKING:
@@ -36,7 +36,8 @@ class TextHF(ModalityTokenizer):
 
     Args:
         source: folder with a `tokenizer.json` (or whatever else `transformers.AutoTokenizer` reads), the name of a
-            repository on the hub, or `open_clip` for CLIP's lower-casing vocabulary of 49,408 (no download).
+            repository on the hub, `open_clip` for CLIP's lower-casing vocabulary of 49,408 (no download), or the name of a
+            checkpoint that ships with the package (`mm-tiny`), whose text tokenizer is meant.
         vocab_size: number of ids; 0 = as many as the tokenizer has. Larger where a pretrained model's embedding has
             more rows than its tokenizer has tokens (Qwen), so that ids keep their rows.
 
@@ -45,6 +46,9 @@ class TextHF(ModalityTokenizer):
     """
 
     def __init__(self, source: str = OPEN_CLIP, vocab_size: int = 0) -> None:
+        shipped = saved.SHIPPED / source / "tokenizers" / "text"
+        if source and len(Path(source).parts) == 1 and source != ".." and shipped.is_dir() and not Path(source).exists():
+            source = str(shipped)
         settings = _settings(source)
         self.backend = _open(settings.get("source", source), source)
         size = vocab_size or settings.get("vocab_size", 0) or self.backend.size

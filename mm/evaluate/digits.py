@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mm.data.sources import DIGIT_NAMES
+from mm.evaluate.frechet import frechet_distance
 from mm.evaluate.gallery import Gallery
 from mm.evaluate.networks import Judge, Say, obtain
 from mm.evaluate.protocol import Protocol
@@ -71,6 +72,7 @@ def evaluate_digits(
     }
     figures.append(share(FAMILY, "generated, recognised", hits, detail=detail))
     figures += variety(drawn.pixels, asked, digits)
+    figures += distances(judge, drawn.pixels, digits, held)
     captions, written = caption_figures(subject, held, where, protocol, say)
     return Outcome(figures + captions, prompts, drawn, [drawn], [written])
 
@@ -92,6 +94,29 @@ def variety(pixels: Tensor, asked: Sequence[int], digits: Gallery) -> list[Figur
         return []
     note = "generated ÷ real, by digit"
     return [mean(FAMILY, "variety within a digit", ratios, "ratio", note=note)]
+
+
+def distances(judge: Judge, pixels: Tensor, digits: Gallery, held: Gallery) -> list[Figure]:
+    """Fréchet distance of the recogniser's features, generated to held-out digits; and between real ones the model may have seen
+    and the same held-out ones, as many: what a perfect model would get."""
+    count = min(len(pixels), len(held))
+    seen = digits.subset(digits.where(held=False) or range(len(digits)))
+    step = max(1, len(seen) // count)
+    other = seen.subset(range(0, step * count, step)) if len(seen) >= count else seen
+    if count < 2 or len(other) < count:
+        return []
+    real = judge.features(held.pixels[:count])
+    note = f"of the recogniser's {real.shape[1]} features, to {count} held-out digits"
+    return [
+        Figure(
+            family=FAMILY, name=name, value=frechet_distance(judge.features(made), real), unit="distance", n=count,
+            control=control, note=note,
+        )
+        for name, made, control in (
+            ("generated, Fréchet distance", pixels[:count], False),
+            ("training digits, Fréchet distance", other.pixels, True),
+        )
+    ]  # fmt: skip
 
 
 def _spread(pixels: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ class Figure:
     name: str
     value: float
     unit: str
-    """`share`, `dB`, `s`, `codes`, `ratio`."""
+    """`share`, `dB`, `s`, `codes`, `ratio`, `distance`."""
     n: int
     """Of how many cases."""
     low: float | None = None
