@@ -126,7 +126,7 @@ class LatentPictures(ModalityTokenizer, nn.Module):
         grid, rows = self.rows(z)
         return grid, self.normalizer(rows)
 
-    def untoken(self, rows: Float[Tensor, "B N D"], grid: tuple[int, int]) -> Float[Tensor, "B 3 H W"]:
+    def untoken(self, rows: Float[Tensor, "B N D"], grid: tuple[int, ...]) -> Float[Tensor, "B 3 H W"]:
         """Pictures of normalised vectors."""
         return self.pixels(self.map(self.normalizer.inverse(rows), grid))
 
@@ -135,7 +135,7 @@ class LatentPictures(ModalityTokenizer, nn.Module):
         packed = F.pixel_unshuffle(z, self.pack) if self.pack > 1 else z
         return (int(packed.shape[2]), int(packed.shape[3])), packed.flatten(2).transpose(1, 2)
 
-    def map(self, rows: Float[Tensor, "B N D"], grid: tuple[int, int]) -> Float[Tensor, "B C h w"]:
+    def map(self, rows: Float[Tensor, "B N D"], grid: tuple[int, ...]) -> Float[Tensor, "B C h w"]:
         """The inverse of `rows`."""
         packed = rows.transpose(1, 2).unflatten(2, grid)
         return F.pixel_shuffle(packed, self.pack) if self.pack > 1 else packed
