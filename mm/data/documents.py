@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from mm.data.example import BrokenExample
+from mm.data.example import BrokenExample, Source
 from mm.layout import NULL, Segment
 
 
@@ -146,6 +146,44 @@ class Interleaved(Template):
         if not document:
             raise BrokenExample(f"example {example.get('key', '?')!r} has nothing in the fields {self.fields}")
         return document
+
+
+class Siblings(Template):
+    """A text of several examples of one group: the group's name, this example's text, and texts of others of the group, drawn
+    without repetition. What comes next is then one of many, whatever stood before.
+
+    Args:
+        source: where the others come from; its `text` is what is joined, so its `caption` should end a sentence.
+        group: field that names the group. "food-fruit" becomes the sentence "food-fruit."
+        most: examples of a document at the most; how many is drawn from 1 up.
+        modality: of the text.
+    """
+
+    def __init__(self, source: Source, group: str, most: int = 4, modality: str = "text") -> None:
+        if most < 1:
+            raise ValueError(f"Siblings needs most >= 1, the examples of a document, got {most}")
+        self.source, self.group, self.most, self.modality = source, group, most, modality
+        self._texts: dict[str, list[str]] = {}
+
+    def texts(self) -> dict[str, list[str]]:
+        """Texts of each group, each once, in the order of the source. Examples without group or text are left out."""
+        if not self._texts:
+            found: dict[str, dict[str, None]] = {}
+            for index in range(len(self.source)):
+                try:
+                    example = self.source[index]
+                    found.setdefault(str(example[self.group]), {})[str(example["text"])] = None
+                except BrokenExample:  # the loader, which meets it too, skips and counts it
+                    continue
+            self._texts = {name: list(texts) for name, texts in found.items()}
+        return self._texts
+
+    def __call__(self, example: Mapping[str, Any], rng: torch.Generator) -> list[Segment]:
+        name, own = str(example[self.group]), str(example["text"])
+        others = [text for text in self.texts().get(name, []) if text != own]
+        count = int(torch.randint(self.most, (), generator=rng))
+        drawn = [others[i] for i in torch.randperm(len(others), generator=rng)[:count].tolist()]
+        return [Segment(self.modality, " ".join([f"{name}.", own, *drawn]), loss=True)]
 
 
 class Mixture(Template):
