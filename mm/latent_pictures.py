@@ -23,8 +23,8 @@ from mm.latents import LatentNormalizer
 
 MAX_AXIS = 256
 """Largest extent of a grid that the vocabulary's size controls can state."""
-BATCH = 64
-"""Pictures that go through a network at once; bounds memory, not results."""
+BATCH_PIXELS = 1 << 20
+"""Pixels that go through a network at once, at the most (16 pictures of 256×256); bounds memory, not results."""
 
 
 class LatentPictures(ModalityTokenizer, nn.Module):
@@ -89,7 +89,7 @@ class LatentPictures(ModalityTokenizer, nn.Module):
     def encode_batch(self, raws: Sequence[Image.Image | Tensor]) -> list[Encoded]:
         tensors = [self._pixels(raw) for raw in raws]
         out: dict[int, Encoded] = {}
-        for where in _batches([tuple(t.shape) for t in tensors]):
+        for where in self._batches([tuple(t.shape) for t in tensors]):
             grid, rows = self.tokens(torch.stack([tensors[i] for i in where]).to(self._like()))
             for i, one in zip(where, rows.float().cpu(), strict=True):
                 out[i] = Encoded(grid=grid, latents=one)
@@ -104,7 +104,7 @@ class LatentPictures(ModalityTokenizer, nn.Module):
     def decode_batch(self, items: Sequence[Encoded]) -> list[Decoded]:
         repaired = [self._repaired(item) for item in items]
         out: dict[int, Decoded] = {}
-        for where in _batches([grid for grid, _, _ in repaired]):
+        for where in self._batches([grid for grid, _, _ in repaired]):
             grid = repaired[where[0]][0]
             rows = torch.stack([repaired[i][1] for i in where]).to(self._like())
             for i, pixels in zip(where, pictures.from_unit(self.untoken(rows, grid).float().cpu()), strict=True):
@@ -145,7 +145,7 @@ class LatentPictures(ModalityTokenizer, nn.Module):
         """Take the normaliser's statistics from pictures in [−1, 1]."""
         training = self.training
         self.eval()
-        parts = [self.rows(self.latents(part.to(self._like())))[1].flatten(0, 1) for part in x.split(BATCH)]
+        parts = [self.rows(self.latents(part.to(self._like())))[1].flatten(0, 1) for part in x.split(self._batch)]
         self.train(training)
         self.normalizer.fit(torch.cat(parts))
         self.weights_changed()
@@ -201,10 +201,13 @@ class LatentPictures(ModalityTokenizer, nn.Module):
             rows = torch.cat([rows, rows.new_zeros(most * most, self.width)])[: most * most]
         return (grid[0], grid[1]), rows, "; ".join(reasons)
 
+    @property
+    def _batch(self) -> int:
+        return max(1, BATCH_PIXELS // self.size**2)
 
-def _batches(keys: Sequence[Any]) -> list[list[int]]:
-    """Indices of equal keys together, `BATCH` at a time."""
-    places: dict[Any, list[int]] = {}
-    for i, key in enumerate(keys):
-        places.setdefault(key, []).append(i)
-    return [where[n : n + BATCH] for where in places.values() for n in range(0, len(where), BATCH)]
+    def _batches(self, keys: Sequence[Any]) -> list[list[int]]:
+        """Indices of equal keys together, as many at a time as the network takes."""
+        places: dict[Any, list[int]] = {}
+        for i, key in enumerate(keys):
+            places.setdefault(key, []).append(i)
+        return [where[n : n + self._batch] for where in places.values() for n in range(0, len(where), self._batch)]
