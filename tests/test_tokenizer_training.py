@@ -478,3 +478,51 @@ def test_prediction_writes_a_row_a_picture(files: Path, tmp_path: Path) -> None:
     assert rows[0]["ids"] == made.ids.flatten().tolist()
     a, b = (((t.clamp(-1, 1) + 1) * 127.5).round() for t in (made.output, picture))
     assert rows[0]["psnr"] == pytest.approx(float(10 * torch.log10(255**2 / (a - b).square().mean())), rel=1e-4)
+
+
+@pytest.mark.parametrize("normalizer", ["channel", "robust", "token"])
+def test_a_tokenizer_of_vectors_learns_and_is_saved_with_its_statistics(
+    normalizer: Any, files: Path, tmp_path: Path
+) -> None:
+    """With averages of weights on: the statistics are those of the averaged encoder that is saved."""
+    from mm.ema import EMA
+    from mm.tokenizers.image_vae import ImageVAE
+
+    torch.manual_seed(0)
+    tokenizer = ImageVAE(size=16, patch=4, channels=16, multipliers=[1], latent=6, normalizer=normalizer)
+    model = module(tokenizer=tokenizer, save_to=str(tmp_path / "saved"), warm_start=64)
+    source = data(files)
+    start = fit_and_measure(model, source, tmp_path, steps=1)
+    model = module(tokenizer=tokenizer, save_to=str(tmp_path / "saved"), warm_start=0)
+    end = fit_and_measure(model, source, tmp_path, steps=40, callbacks=[EMA(decay=0.5)])
+    assert end > start + 1, (start, end)
+    saved = ImageVAE.from_directory(tmp_path / "saved")
+    pictures = torch.cat([x for x, _ in source.held_in_batches()])
+    with torch.no_grad():
+        rows = saved.tokens(pictures)[1].flatten(0, 1)
+    centre = rows.median(0).values if normalizer == "robust" else rows.mean(0 if normalizer == "channel" else 1)
+    assert float(centre.abs().max()) < 0.02
+    if normalizer == "channel":
+        assert torch.allclose(rows.std(0), torch.ones(6), atol=1e-2)
+    written = saved.decode_batch(saved.encode_batch(list(pictures)))
+    assert all(decoded.valid for decoded in written)
+
+
+def fit_and_measure(model: Any, source: Any, folder: Path, **settings: Any) -> float:
+    """PSNR on held-out pictures after training."""
+    return float(fit(model, source, folder, val_check_interval=1, **settings).callback_metrics["val/psnr"])
+
+
+def test_features_of_a_codebook_get_a_decoder_of_their_own(files: Path, tmp_path: Path) -> None:
+    """Orthus: the encoder stays, the decoder learns to read what was not quantised."""
+    from mm.tokenizers.image_softvq import ImageSoftVQ
+
+    trained = module()
+    fit(trained, data(files), tmp_path, steps=8)
+    tokenizer = ImageSoftVQ(trained.tokenizer.eval())
+    before = {name: tensor.clone() for name, tensor in tokenizer.state_dict().items()}
+    model = module(tokenizer=tokenizer, frozen=["encoder"], save_to=str(tmp_path / "saved"))
+    fit(model, data(files), tmp_path, steps=8, val_check_interval=4)
+    saved = ImageSoftVQ.from_directory(tmp_path / "saved")
+    changed = {n.split(".")[0] for n, value in saved.state_dict().items() if not torch.equal(value, before[n])}
+    assert changed == {"decoder", "normalizer"} and saved.origin == trained.tokenizer.fingerprint
