@@ -46,6 +46,14 @@ class Settings:
     """Width and layers of the language models."""
     compile: bool = False
     """Also measure with `torch.compile`."""
+    mar: str | None = None
+    """Folder of MAR's own code."""
+    training: int = 1500
+    """Steps of training of each head that learns the mixture."""
+    points: int = 1000
+    """Points of a set at each angle."""
+    side: int = 32
+    """Vectors along a side of the item whose tokens are timed."""
 
 
 def alternate(ours: Callable[[], object], peer: Callable[[], object], rounds: int) -> tuple[float, float, float]:
@@ -70,6 +78,7 @@ BENCHES = {
     "start": "seconds until the program is there, and the memory that generating and training take",
     "decode": "writing text: beside `transformers` `generate`, and the memory's bandwidth",
     "train": "training: beside `LlamaForCausalLM`, padded batches, `transfusion-pytorch`, and the matrix rate",
+    "heads": "heads of vectors: beside MAR's own sampling, few steps beside many, and a long item",
     "tokenize": "pictures to tokens and back: beside a network of `diffusers`",
 }
 
@@ -101,18 +110,23 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--rounds", type=int, default=5, help="counted rounds of each side (%(default)s)")
     parser.add_argument("--tokens", type=int, default=128, help="decode: new tokens a generation (%(default)s)")
     parser.add_argument(
-        "--size", action="append", metavar="WIDTHxLAYERS", help="decode, train: size of the models (256x6 and 768x12)"
-    )
+        "--size", action="append", metavar="WIDTHxLAYERS",
+        help="decode, train, heads: size of the models (256x6 and 768x12; heads: the first)",
+    )  # fmt: skip
     parser.add_argument("--compile", action="store_true", help="decode, train: with torch.compile too (takes minutes)")
-    arguments = parser.parse_args(argv)
-    if arguments.rounds < 1 or arguments.tokens < 1:
-        raise ValueError(f"rounds and tokens must be at least 1, got {arguments.rounds} and {arguments.tokens}")
-    settings = Settings(rounds=arguments.rounds, tokens=arguments.tokens, compile=arguments.compile)
-    if arguments.size:
-        settings = Settings(settings.rounds, settings.tokens, tuple(map(size, arguments.size)), settings.compile)
-    for name in BENCHES if arguments.name == "all" else [arguments.name]:
-        for row in rows(name, settings):
-            print(json.dumps(asdict(row)) if arguments.json else row.text(), flush=True)
+    parser.add_argument("--mar", metavar="FOLDER", help="heads: a checkout of github.com/LTH14/mar to compare with")
+    parser.add_argument("--training", type=int, default=1500, help="heads: steps of training (%(default)s)")
+    parser.add_argument("--points", type=int, default=1000, help="heads: points of a set at each angle (%(default)s)")
+    parser.add_argument("--side", type=int, default=32, help="heads: side of the item that is timed (%(default)s)")
+    given = vars(parser.parse_args(argv))
+    name, as_json, sizes = given.pop("name"), given.pop("json"), given.pop("size")
+    for option, least in (("rounds", 1), ("tokens", 1), ("training", 1), ("points", 2), ("side", 2)):
+        if given[option] < least:
+            raise ValueError(f"{option} must be at least {least}, got {given[option]}")
+    settings = Settings(**given, sizes=tuple(map(size, sizes)) if sizes else Settings.sizes)
+    for each in BENCHES if name == "all" else [name]:
+        for row in rows(each, settings):
+            print(json.dumps(asdict(row)) if as_json else row.text(), flush=True)
     return 0
 
 
