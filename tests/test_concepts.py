@@ -366,8 +366,9 @@ def test_the_shipped_systems_train_and_are_measured(
     (tmp_path / "runs" / "concepts").mkdir(parents=True)
     (tmp_path / "runs" / "concepts" / "tokenizer").symlink_to(trained)
     options = ["--trainer.max_steps=2", "--trainer.val_check_interval=1", "--trainer.limit_val_batches=1"]
+    options += ["--trainer.log_every_n_steps=1"]
     options += ["--model.init_args.backbone={width: 16, layers: 1, heads: 1}", "--data.init_args.tokens=96"]
-    assert main(["fit", "-c", f"configs/systems/{system}.yaml", *options, *QUIET, "--trainer.logger=false"]) == 0
+    assert main(["fit", "-c", f"configs/systems/{system}.yaml", *options, *QUIET]) == 0
     folder = tmp_path / "runs" / system / "model"
     model = load_pretrained(folder)
     assert [m.name for m in model.modalities] == ["text", "concepts"]

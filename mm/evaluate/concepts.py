@@ -153,6 +153,7 @@ def measure(
     group: str = "subcategory",
     seeds: int = 20,
     least: int = 2,
+    most: int = 0,
     sampling: Sampling | None = None,
 ) -> dict[str, Any]:
     """Figures of the autoencoder (`train` and `holdout` captions) and of what the model says next, with examples.
@@ -160,6 +161,7 @@ def measure(
     Args:
         train, holdout: sources whose `text` is one sentence, what training has seen and what not.
         least: groups of fewer captions are left out: there, there is nothing to choose.
+        most: prefixes at the most, evenly spread over all; 0 = all.
     """
     _, tokenizer = concepts_of(model)
     seen, unseen = captions(train, group), captions(holdout, group)
@@ -173,6 +175,8 @@ def measure(
     ]
     if not prefixes:
         raise ValueError("no held-out caption belongs to a group of several; give a larger holdout")
+    if most:
+        prefixes = [prefixes[n * len(prefixes) // most] for n in range(most)] if most < len(prefixes) else prefixes
     fresh = [text for texts in unseen.values() for text in texts if text not in known]
     autoencoder = {}
     for name, sentences in (("train", sorted(known)[:: max(1, len(known) // 500)]), ("holdout", fresh)):
@@ -201,19 +205,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--group", default="subcategory", help="field that names the group (%(default)s)")
     parser.add_argument("--caption", default="{caption}.", help="format of a sentence (%(default)s)")
     parser.add_argument("--seeds", type=int, default=20, help="sentences a prefix (%(default)s)")
+    parser.add_argument("--most", type=int, default=0, help="prefixes at the most; 0 = all (%(default)s)")
     parser.add_argument("--temperature", type=float, help="of the noise that sampling begins with")
     parser.add_argument("--denoising-steps", type=int, help="of the diffusion head")
     parser.add_argument("--out", help="file for the JSON")
     options = parser.parse_args(argv)
-    if options.seeds < 1:
-        raise ValueError(f"--seeds must be at least 1, got {options.seeds}")
+    if options.seeds < 1 or options.most < 0:
+        raise ValueError(f"--seeds must be at least 1 and --most at least 0, got {options.seeds} and {options.most}")
     torch.set_num_threads(1)
     model = load_pretrained(options.model)
     recommended = load_sampling(read_config(resolve(options.model))).get(concepts_of(model)[0], Sampling())
     given = {"temperature": options.temperature, "denoising_steps": options.denoising_steps}
     sampling = Sampling(**{**vars(recommended), **{name: v for name, v in given.items() if v is not None}})
     sources = [ShardSource(options.data, split=split, caption=options.caption) for split in ("train", "holdout")]
-    result = measure(model, *sources, group=options.group, seeds=options.seeds, sampling=sampling)
+    result = measure(model, *sources, group=options.group, seeds=options.seeds, most=options.most, sampling=sampling)
     if options.out:
         safe_io.write_json(Path(options.out), result)
     print(json.dumps(result, indent=2, ensure_ascii=False))
