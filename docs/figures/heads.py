@@ -55,7 +55,7 @@ def cost(side: int = 32, rounds: int = 5) -> None:
     figure, axis = pyplot.subplots(figsize=(6, 2.6))
     axis.plot(range(side // 2, side // 2 + len(smooth)), smooth, label=f"a vector (running median of {side})")
     axis.plot(lengths, attention, label="its attention, timed alone")
-    axis.set(xlabel="vectors generated", ylabel="ms", ylim=(0, None), xlim=(0, side * side))
+    axis.set(xlabel="vectors generated", ylabel="ms of processor time", ylim=(0, None), xlim=(0, side * side))
     axis.legend(loc="center right", frameon=False)
     figure.tight_layout()
     figure.savefig(DOCS / "heads-cost.svg", metadata={"Date": None})
@@ -63,9 +63,12 @@ def cost(side: int = 32, rounds: int = 5) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", choices=("mixture", "cost"), default=("mixture", "cost"))
+    parser.add_argument("names", nargs="*", metavar="mixture|cost")
     matplotlib.use("Agg")
     matplotlib.rcParams.update({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False})
     torch.set_num_threads(1)
-    for name in parser.parse_args().names:
-        {"mixture": mixture, "cost": cost}[name]()
+    pictures = {"mixture": mixture, "cost": cost}
+    for name in parser.parse_args().names or pictures:
+        if name not in pictures:
+            parser.error(f"{name!r} is none of {', '.join(pictures)}")
+        pictures[name]()

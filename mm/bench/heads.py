@@ -288,8 +288,9 @@ def raster_model(width: int, layers: int, side: int) -> MultimodalModel:
 
 
 def token_times(model: MultimodalModel, side: int, rounds: int) -> tuple[Float[Tensor, " N"], int]:
-    """Milliseconds between one vector and the next, the median over `rounds` items (N is one less than the vectors of an
-    item), and how many vectors the backbone's input was given for one item."""
+    """Milliseconds of processor time between one vector and the next, the median over `rounds` items (N is one less than the
+    vectors of an item), and how many vectors the backbone's input was given for one item. Processor time, because two places
+    of one long run are compared, which can't take turns on a shared machine."""
     request = Request(prompt=[Segment("text", [1, 2, 3])], items=[("image", (side, side))], text=False)
     engine, embedded, found = Engine(model), 0, []
 
@@ -303,7 +304,7 @@ def token_times(model: MultimodalModel, side: int, rounds: int) -> tuple[Float[T
         stamps: list[float] = []
 
         def stamp(_: Event, stamps: list[float] = stamps) -> None:
-            stamps.append(time.perf_counter())
+            stamps.append(time.thread_time())
 
         engine.generate([request], on_step=stamp)
         found.append(1e3 * torch.tensor(stamps, dtype=torch.float64).diff())
@@ -311,9 +312,9 @@ def token_times(model: MultimodalModel, side: int, rounds: int) -> tuple[Float[T
 
 
 def attention_times(model: MultimodalModel, lengths: Sequence[int], rounds: int = 15) -> list[float]:
-    """Milliseconds that the attention of all layers takes for one query over caches of these lengths, as the engine's
-    single step asks for it. Before each the weights are read once, so that keys and values come from where they come from in
-    a model's step."""
+    """Milliseconds of processor time that the attention of all layers takes for one query over caches of these lengths, as
+    the engine's single step asks for it. Before each the weights are read once, so that keys and values come from where they
+    come from in a model's step."""
     c = model.backbone.config
     cache = KVCache(c, 1, max(lengths), "cpu", torch.float32)
     query = torch.randn(1, c.kv_heads, c.heads // c.kv_heads, c.head_dim)
@@ -329,7 +330,9 @@ def attention_times(model: MultimodalModel, lengths: Sequence[int], rounds: int 
             for length in lengths:
                 for parameter in model.parameters():
                     parameter.sum()
-                found[length].append(1e3 * seconds(partial(attend, length)))
+                start = time.thread_time()
+                attend(length)
+                found[length].append(1e3 * (time.thread_time() - start))
     return [statistics.median(found[length]) for length in lengths]
 
 
@@ -343,10 +346,10 @@ def raster(settings: Settings) -> Iterator[Row]:
     first, last = (float(part.median()) for part in (times[:quarter], times[-quarter:]))
     alone = attention_times(model, [max(1, quarter // 2), count - quarter // 2])
     name = f"raster {side}×{side} vectors, {width}×{layers}"
-    yield Row(f"{name}: first quarter", first, "ms a token")
+    yield Row(f"{name}: first quarter", first, "ms of processor time a token")
     expected = first + alone[1] - alone[0]
     yield Row(
-        f"{name}: last quarter", last, "ms a token", expected, expected / last,
+        f"{name}: last quarter", last, "ms of processor time a token", expected, expected / last,
         f"first quarter and {alone[1] - alone[0]:.3f} ms of longer attention",
     )  # fmt: skip
     yield Row(f"{name}: vectors embedded a vector generated", embedded / count, "vectors")
