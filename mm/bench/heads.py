@@ -46,6 +46,9 @@ ANCESTRAL = Sampler(solver="ddpm", steps=STEPS)
 TRAINED_WIDTH, SETS, TRAININGS = 64, 8, 2
 """Width of the heads that learn the mixture, sets that a distance is the mean of, and trainings of a prediction."""
 
+CLOCK, UNIT = time.thread_time, "ms of processor time a token"
+"""Everything here runs on one thread, so that this is the time on a machine that does nothing else."""
+
 
 def rows(settings: Settings) -> Iterator[Row]:
     if settings.mar is None:
@@ -156,8 +159,8 @@ def speed(peer: tuple[Any, Any] | None, settings: Settings) -> Iterator[Row]:
     with torch.inference_mode():
         if peer is None:
             sample(few, one)
-            times = [seconds(partial(sample, few, one)) for _ in range(settings.rounds)]
-            yield Row(name, 1e3 * statistics.median(times), "ms a token")
+            times = [seconds(partial(sample, few, one), CLOCK) for _ in range(settings.rounds)]
+            yield Row(name, 1e3 * statistics.median(times), UNIT)
             return
         head, theirs = ours_and_theirs(peer)
         version = f"MAR's p_sample, {STEPS} steps"
@@ -165,11 +168,13 @@ def speed(peer: tuple[Any, Any] | None, settings: Settings) -> Iterator[Row]:
             hidden = torch.randn(count, WIDTH, generator=torch.Generator().manual_seed(count))
             torch.manual_seed(7)
             check_equal(sample(head, hidden, 7), theirs(hidden))
-            mine, other, ratio = alternate(partial(sample, head, hidden), partial(theirs, hidden), settings.rounds)
+            mine, other, ratio = alternate(
+                partial(sample, head, hidden), partial(theirs, hidden), settings.rounds, CLOCK
+            )
             said, per = f"diffusion head, {STEPS} ancestral steps, batch {count}", 1e3 / count
-            yield Row(said, per * mine, "ms a token", per * other, ratio, version)
-        mine, other, ratio = alternate(partial(sample, few, one), partial(theirs, one), settings.rounds)
-        yield Row(name, 1e3 * mine, "ms a token", 1e3 * other, ratio, version)
+            yield Row(said, per * mine, UNIT, per * other, ratio, version)
+        mine, other, ratio = alternate(partial(sample, few, one), partial(theirs, one), settings.rounds, CLOCK)
+        yield Row(name, 1e3 * mine, UNIT, 1e3 * other, ratio, version)
 
 
 # --- distances to data ------------------------------------------------------------------------------------------------
@@ -304,7 +309,7 @@ def token_times(model: MultimodalModel, side: int, rounds: int) -> tuple[Float[T
         stamps: list[float] = []
 
         def stamp(_: Event, stamps: list[float] = stamps) -> None:
-            stamps.append(time.thread_time())
+            stamps.append(CLOCK())
 
         engine.generate([request], on_step=stamp)
         found.append(1e3 * torch.tensor(stamps, dtype=torch.float64).diff())
@@ -330,9 +335,7 @@ def attention_times(model: MultimodalModel, lengths: Sequence[int], rounds: int 
             for length in lengths:
                 for parameter in model.parameters():
                     parameter.sum()
-                start = time.thread_time()
-                attend(length)
-                found[length].append(1e3 * (time.thread_time() - start))
+                found[length].append(1e3 * seconds(partial(attend, length), CLOCK))
     return [statistics.median(found[length]) for length in lengths]
 
 
@@ -346,10 +349,10 @@ def raster(settings: Settings) -> Iterator[Row]:
     first, last = (float(part.median()) for part in (times[:quarter], times[-quarter:]))
     alone = attention_times(model, [max(1, quarter // 2), count - quarter // 2])
     name = f"raster {side}×{side} vectors, {width}×{layers}"
-    yield Row(f"{name}: first quarter", first, "ms of processor time a token")
+    yield Row(f"{name}: first quarter", first, UNIT)
     expected = first + alone[1] - alone[0]
     yield Row(
-        f"{name}: last quarter", last, "ms of processor time a token", expected, expected / last,
+        f"{name}: last quarter", last, UNIT, expected, expected / last,
         f"first quarter and {alone[1] - alone[0]:.3f} ms of longer attention",
     )  # fmt: skip
     yield Row(f"{name}: vectors embedded a vector generated", embedded / count, "vectors")
