@@ -21,12 +21,17 @@ from mm.heads._vectors import check_continuous
 from mm.interfaces import Draw, Head, Sampling, Spec
 
 
+FEW_STEPS = Sampler(solver="dpm++", steps=10, rho=1.5)
+"""For the flow schedule: as near to the data as 100 ancestral steps on a mixture (`mm bench heads`, docs/heads.md)."""
+
+
 class DiffusionHead(Head):
     """Learns and samples vectors.
 
     Args:
         process: from data to noise, and what the network predicts.
-        sampler: from noise to data, unless `Sampling.denoising_steps` asks for another number of steps.
+        sampler: from noise to data, unless `Sampling.denoising_steps` asks for another number of steps. On the flow schedule
+            `FEW_STEPS` where none is given; other schedules need one named.
         width: width inside the network; 0 = the backbone's.
         blocks: its residual blocks.
         batch_multiplier: times and noises drawn for each vector in training (MAR: 4): the backbone's work serves them all.
@@ -46,7 +51,8 @@ class DiffusionHead(Head):
         learned_variance: bool = False,
     ) -> None:
         super().__init__()
-        self.process, self.sampler = settings(Process, process), settings(Sampler, sampler)
+        self.process = settings(Process, process)
+        self.sampler = FEW_STEPS if sampler is None and self.process.schedule == "flow" else settings(Sampler, sampler)
         self.plan()  # a pair that can't work is refused now, not after hours of training
         if width < 0 or blocks < 1 or batch_multiplier < 1:
             raise ValueError(

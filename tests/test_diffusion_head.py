@@ -115,7 +115,7 @@ def test_few_and_many_rows_are_sampled_alike(rows: int) -> None:
     plan = head.plan()
     hidden, x = torch.randn(rows, 8), torch.randn(rows, DIM)
     step = head.net.steps(hidden, plan.network_time)
-    for k in (0, 7, 19):
+    for k in (0, 4, 9):
         wanted = head.net(x, plan.network_time[k].expand(rows), hidden)
         assert torch.allclose(step(x.clone(), k), wanted, atol=1e-5)
 
