@@ -7,7 +7,7 @@ Where the vectors come from:
 - an encoder of the package `sentence_transformers` (`encoder`): it has no decoder, so what is decoded is the nearest sentence
   of a `bank`. A bank may be given to the autoencoder as well, and then replaces its decoder.
 
-Vectors are normalised by channel with medians and quartiles (section 2.4.1 of the paper; `mm.latents`): statistics of the
+Vectors are normalised by channel with medians and quartiles as in the paper (`mm.latents`): statistics of the
 training sentences, or of the bank.
 """
 
