@@ -16,11 +16,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mm import plugins, safe_io, saved
+from mm import safe_io, saved
 from mm.autoencoder import Decoder, Encoder, check_shape
 from mm.latent_pictures import LatentPictures
 from mm.latents import Kind, LatentNormalizer
+from mm.quantizers import Quantizer
 from mm.soft_codes import SoftCodebook
+from mm.tokenizers import _image_vq_settings as settings
 from mm.trainable import Reconstruction, TrainableTokenizer
 
 FORMAT, WHAT = "mm.tokenizers.image_softvq", "soft-VQ tokenizer"
@@ -65,17 +67,17 @@ class ImageSoftVQ(LatentPictures, TrainableTokenizer):
             return
         if source is None:
             raise ValueError("give source, a VQ tokenizer whose features are the tokens, or pretrained")
-        vq = plugins.load("tokenizers", "image_vq")(pretrained=source) if isinstance(source, str) else source
-        self._from(vq, temperature, normalizer)
-
-    def _from(self, vq: Any, temperature: float, normalizer: Kind) -> None:
-        if vq.quantizer.name != "vq":
-            raise ValueError(f"a soft lookup needs the quantizer vq, which has one codebook; got {vq.quantizer.name}")
-        mine = {"temperature": float(temperature), "normalizer": normalizer, "origin": vq.fingerprint}
-        self._build({name: mine.get(name, vq.config.get(name)) for name in DEFAULTS})
-        self.encoder.load_state_dict(vq.encoder.state_dict())
-        self.decoder.load_state_dict(vq.decoder.state_dict())
-        self.codes.copy_(vq.quantizer.codebooks()[0].embed[0])
+        config, weights, origin = settings.read_whole(source) if isinstance(source, str) else _parts(source)
+        if config.get("quantizer") != "vq":
+            raise ValueError(
+                f"a soft lookup needs the quantizer vq, which has one codebook; got {config.get('quantizer')}"
+            )
+        mine = {"temperature": float(temperature), "normalizer": normalizer, "origin": origin}
+        self._build({name: mine.get(name, config.get(name)) for name in DEFAULTS})
+        weights["codes"] = weights[settings.CODEBOOK][0]
+        kept = {name: value for name, value in self.state_dict().items() if name.startswith("normalizer.")}
+        needed = {name: weights[name] for name in self.state_dict() if name in weights}
+        self.load_state_dict(safe_io.fit_tensors("the VQ tokenizer", {**needed, **kept}, self.state_dict()))
         self.normalizer.fit(self.codes)
         self.eval()
 
@@ -152,4 +154,25 @@ class ImageSoftVQ(LatentPictures, TrainableTokenizer):
     @classmethod
     def tiny(cls) -> ImageSoftVQ:
         """A small random tokenizer, for tests."""
-        return cls(plugins.load("tokenizers", "image_vq").tiny())  # type: ignore[attr-defined]
+        return cls(_Random())
+
+
+def _parts(vq: Any) -> tuple[dict[str, Any], dict[str, Tensor], str]:
+    """Settings, weights and fingerprint of an `ImageVQ`."""
+    return vq.config, dict(vq.state_dict()), vq.fingerprint
+
+
+class _Random(nn.Module):
+    """A random VQ tokenizer, as far as its features go."""
+
+    fingerprint = "random"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = {**DEFAULTS, "size": 16, "patch": 2, "channels": 8, "multipliers": [1, 2], "decoder_channels": 8,
+                       "codebook_size": 16, "code_dim": 4, "quantizer": "vq"}  # fmt: skip
+        shared: dict[str, Any] = {"blocks": 1, "latent": 4, "patch": 2, "attention_heads": 0}
+        self.encoder, self.decoder = Encoder([8, 16], **shared), Decoder([8, 16], **shared)
+        self.quantizer = Quantizer(codebook_size=16, code_dim=4).train()
+        self.quantizer(self.encoder(torch.rand(4, 3, 16, 16) * 2 - 1))
+        self.eval()
