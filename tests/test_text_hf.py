@@ -172,3 +172,11 @@ def test_half_a_surrogate_pair() -> None:
         tokenizer = plugins.load("tokenizers", name).tiny()  # type: ignore[attr-defined]
         with pytest.raises(ValueError, match="half a surrogate pair at index 2"):
             tokenizer.encode("a \ud800")
+
+
+def test_a_shipped_checkpoint_names_its_text_tokenizer() -> None:
+    from mm.hub import load_pretrained
+
+    tokenizer = TextHF("mm-tiny")
+    assert tokenizer.spec == load_pretrained("mm-tiny").modalities[0].tokenizer.spec
+    assert tokenizer.decode(tokenizer.encode("red apple, noto")).value == "red apple, noto"

@@ -46,9 +46,7 @@ class TextHF(ModalityTokenizer):
     """
 
     def __init__(self, source: str = OPEN_CLIP, vocab_size: int = 0) -> None:
-        shipped = saved.SHIPPED / source / "tokenizers" / "text"
-        if source and len(Path(source).parts) == 1 and source != ".." and shipped.is_dir() and not Path(source).exists():
-            source = str(shipped)
+        source = _shipped().get(source, source)
         settings = _settings(source)
         self.backend = _open(settings.get("source", source), source)
         size = vocab_size or settings.get("vocab_size", 0) or self.backend.size
@@ -249,6 +247,11 @@ def _check_size(size: int) -> int:
     if size > MAX_SIZE:
         raise ValueError(f"the vocabulary has ids up to {size - 1:,}, but at most {MAX_SIZE:,} ids are expected of one")
     return size
+
+
+def _shipped() -> dict[str, str]:
+    """Folders of the text tokenizers of shipped checkpoints, by the checkpoint's name."""
+    return {path.parent.parent.name: str(path) for path in saved.SHIPPED.glob("*/tokenizers/text")}
 
 
 def _settings(source: str) -> dict[str, Any]:
