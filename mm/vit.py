@@ -1,5 +1,5 @@
 """Transformers that turn a picture's features into a few embeddings and back: a causal one whose learned queries read the
-features of an encoder (VL-GPT, Zhu et al. 2023, arXiv 2312.09251, section 3.1), and one whose queries stand for squares of
+features of an encoder (VL-GPT, Zhu et al. 2023, arXiv 2312.09251), and one whose queries stand for squares of
 pixels and read the embeddings.
 
 Letters in shapes: B batch, T tokens of features, F their width, N embeddings, D width of an embedding, W width of the

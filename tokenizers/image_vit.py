@@ -1,5 +1,5 @@
 """Pictures ↔ a short sequence of vectors through a vision transformer and a causal transformer (VL-GPT, Zhu et al. 2023, arXiv
-2312.09251, section 3.1).
+2312.09251).
 
 A vision transformer of timm turns the picture into features; N learned queries read them, each seeing those before it, and
 become N embeddings of width D, normalised. They are no map: embedding k says what the first k − 1 left out, wherever it is in
@@ -53,7 +53,7 @@ class ImageViT(LatentPictures, TrainableTokenizer):
             heads of the encoder, where they are not the named model's; 0 = as that model has them.
         encoder_weights: a safetensors file with weights of exactly that encoder (a classifier's head is passed over). They are
             saved with the tokenizer; the file is not needed again.
-        encoder_frozen: the encoder stays as it is (VL-GPT's CLIP), and in evaluation mode.
+        encoder_frozen: the encoder stays as it is, and in evaluation mode.
         width, depth, heads: of the causal transformer; `heads` also of the decoder.
         decoder_patch, decoder_width, decoder_depth: pixels of a decoded square along a side, width (0 = `width`), blocks.
         normalizer: how vectors are brought to unit spread (`mm.latents`). With `token` the decoder learns to read normalised
