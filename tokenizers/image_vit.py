@@ -2,8 +2,8 @@
 2312.09251).
 
 A vision transformer of timm turns the picture into features; N learned queries read them, each seeing those before it, and
-become N embeddings of width D, normalised. They are no map: embedding k says what the first k − 1 left out, wherever it is in
-the picture. The grid is 1×N. The decoder is a transformer too: one query for each square of pixels reads the embeddings.
+become N embeddings of width D, normalised. They are no map, every embedding reads the whole picture: the grid is 1×N. The
+decoder is a transformer too: one query for each square of pixels reads the embeddings.
 
 VL-GPT's decoder instead estimates the CLIP embeddings of the picture and its caption, which a frozen diffusion model draws
 from; this one writes pixels and is trained against them, so that nothing has to be downloaded.
