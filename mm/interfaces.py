@@ -40,6 +40,8 @@ class Spec:
     max_grid: tuple[int, ...] = ()
     """Largest extent an axis may have, slowest axis first ((rows, columns) for a picture). Empty: a list of free
     length closed by its end token (text, file bytes)."""
+    spatial: bool = True
+    """Whether an element stands for the place that its grid says, so that a part of the raw data is a part of the grid."""
     fingerprint: str = ""
     """Changes whenever the meaning of a token changes (weights, tables, version); checked against checkpoints and caches."""
 

@@ -35,6 +35,8 @@ class LatentPictures(ModalityTokenizer, nn.Module):
     """
 
     normalizer: LatentNormalizer
+    spatial = True
+    """See `Spec.spatial`."""
 
     def fit_to(self, size: int, downsample: int, channels: int, normalizer: LatentNormalizer, pack: int = 1) -> None:
         """Side of the square that pictures are fitted to, pixels a latent along a side, and C."""
@@ -65,8 +67,15 @@ class LatentPictures(ModalityTokenizer, nn.Module):
 
     @property
     def spec(self) -> Spec:
+        return Spec(
+            kind="continuous", dim=self.width, max_grid=self.largest, spatial=self.spatial, fingerprint=self.fingerprint
+        )
+
+    @property
+    def largest(self) -> tuple[int, int]:
+        """Rows and columns of the grid of a whole picture."""
         side = self.size // (self.downsample * self.pack)
-        return Spec(kind="continuous", dim=self.width, max_grid=(side, side), fingerprint=self.fingerprint)
+        return side, side
 
     @property
     def width(self) -> int:
@@ -184,21 +193,21 @@ class LatentPictures(ModalityTokenizer, nn.Module):
 
     def _repaired(self, item: Encoded) -> tuple[tuple[int, int], Float[Tensor, "N D"], str]:
         """Vectors on a grid that can be decoded, and what had to be repaired."""
-        most = self.size // (self.downsample * self.pack)
-        held = item.latents
+        most, held = self.largest, item.latents
+        whole = most[0] * most[1]
         if held is None or held.ndim != 2 or held.shape[1] != self.width or not len(held):
-            blank = torch.zeros(most * most, self.width)
-            return (most, most), blank, f"no vectors of width {self.width} to decode"
+            return most, torch.zeros(whole, self.width), f"no vectors of width {self.width} to decode"
         reasons = []
         rows = held.detach().float().cpu()
         if not bool(rows.isfinite().all()):
             reasons.append("the vectors hold values that are not numbers")
             rows = torch.where(rows.isfinite(), rows, 0.0)
         grid = tuple(item.grid)
-        if len(grid) != 2 or not all(1 <= extent <= most for extent in grid):
-            reasons.append(f"{len(rows)} vectors on a grid of {grid}, expected rows and columns within {most}×{most}")
-            grid = (most, most)
-            rows = torch.cat([rows, rows.new_zeros(most * most, self.width)])[: most * most]
+        if len(grid) != 2 or not all(1 <= extent <= limit for extent, limit in zip(grid, most, strict=True)):
+            where = f"within {most[0]}×{most[1]}"
+            reasons.append(f"{len(rows)} vectors on a grid of {grid}, expected rows and columns {where}")
+            grid = most
+            rows = torch.cat([rows, rows.new_zeros(whole, self.width)])[:whole]
         return (grid[0], grid[1]), rows, "; ".join(reasons)
 
     @property

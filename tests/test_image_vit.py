@@ -120,7 +120,7 @@ def test_other_grids_are_decoded_and_reported(grid: tuple[int, ...]) -> None:
     from mm.interfaces import Encoded
 
     decoded = make().eval().decode(Encoded(grid=grid, latents=torch.randn(torch.Size(grid).numel(), 8)))
-    assert decoded.value.size == (16, 16) and "expected 1×1 to 1×6" in decoded.reason
+    assert decoded.value.size == (16, 16) and "expected rows and columns within 1×6" in decoded.reason
 
 
 def test_pictures_of_another_size_are_refused() -> None:
@@ -355,3 +355,18 @@ def test_pictures_are_generated_and_captioned() -> None:
     assert [item.grid for item in made.tokens] == [(1, 6)] * 2 and made.images[0].size == (16, 16)
     assert torch.equal(made.tokens[0].content, made.tokens[1].content), "a regression head has one answer"
     assert len(mm.ImageToTextPipeline(model)(made.images[0], max_tokens=3).texts) == 1
+
+
+def test_a_part_of_a_picture_is_no_part_of_its_vectors() -> None:
+    """Inpainting is refused: no vector stands for a place."""
+    from PIL import Image
+
+    from mm.heads.regression import RegressionHead
+    from mm.orders.raster import Raster
+    from mm.pipelines.text_to_image import TextToImagePipeline
+    from mm.testing import tiny
+
+    painter = TextToImagePipeline(tiny(Raster(), tokenizer=make().eval(), head=RegressionHead()))
+    assert not make().spec.spatial
+    with pytest.raises(ValueError, match="stand for whole pictures, not for places in them"):
+        painter("a cat", image=Image.new("RGB", (16, 16)), mask=Image.new("L", (16, 16)))

@@ -23,7 +23,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mm import safe_io, saved
-from mm.interfaces import Encoded, Spec
 from mm.latent_pictures import MAX_AXIS, LatentPictures
 from mm.latents import Kind, LatentNormalizer
 from mm.trainable import Reconstruction, TrainableTokenizer
@@ -195,25 +194,11 @@ class ImageViT(LatentPictures, TrainableTokenizer):
 
     # ---- a sequence instead of a map ---------------------------------------------------------------------------------
 
-    @property
-    def spec(self) -> Spec:
-        grid = (1, self.config["embeddings"])
-        return Spec(kind="continuous", dim=self.width, max_grid=grid, fingerprint=self.fingerprint)
+    spatial = False
 
-    def _repaired(self, item: Encoded) -> tuple[tuple[int, int], Float[Tensor, "n D"], str]:
-        """The first embeddings, any number of them, and what had to be repaired."""
-        most, held = self.config["embeddings"], item.latents
-        if held is None or held.ndim != 2 or held.shape[1] != self.width or not len(held):
-            return (1, most), torch.zeros(most, self.width), f"no vectors of width {self.width} to decode"
-        reasons = []
-        rows = held.detach().float().cpu()
-        if not bool(rows.isfinite().all()):
-            reasons.append("the vectors hold values that are not numbers")
-            rows = torch.where(rows.isfinite(), rows, 0.0)
-        if len(item.grid) != 2 or item.grid[0] != 1 or item.grid[1] > most:
-            reasons.append(f"{len(rows)} vectors on a grid of {tuple(item.grid)}, expected 1×1 to 1×{most}")
-            rows = rows[:most]
-        return (1, len(rows)), rows, "; ".join(reasons)
+    @property
+    def largest(self) -> tuple[int, int]:
+        return 1, self.config["embeddings"]
 
     # ---- identity, saving, loading -----------------------------------------------------------------------------------
 

@@ -132,6 +132,11 @@ class TextToImagePipeline(Pipeline):
         Both are brought to one size and put on a square (the kept border is white), so that mask and tokens fit
         whatever the tokenizer does with other shapes.
         """
+        if not self.tokenizer(self.picture).spec.spatial:
+            raise ValueError(
+                f"the tokens of {self.picture!r} stand for whole pictures, not for places in them, so that no part can be kept; "
+                "leave image and mask out, or use a model whose tokens lie on a grid"
+            )
         picture, area = load_image(image), load_image(mask).convert("L")
         if area.size != picture.size:
             raise ValueError(f"the mask has {area.size} pixels, the picture {picture.size}; give them one size")
