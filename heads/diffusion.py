@@ -20,7 +20,6 @@ from mm.diffusion import Plan, Process, Sampler, settings
 from mm.heads._vectors import check_continuous
 from mm.interfaces import Draw, Head, Sampling, Spec
 
-
 FEW_STEPS = Sampler(solver="dpm++", steps=10, rho=1.5)
 """For the flow schedule: as near to the data as 100 ancestral steps on a mixture (`mm bench heads`, docs/heads.md)."""
 

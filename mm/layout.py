@@ -52,7 +52,9 @@ class DocumentBuilder:
                 f"{'numbers' if spec.dim else 'sub-codes'} an element"
             )
         if spec.kind == "continuous" and not bool(content.isfinite().all()):
-            raise ValueError(f"{modality.name}: its vectors hold values that are not numbers; look at what encoded them")
+            raise ValueError(
+                f"{modality.name}: its vectors hold values that are not numbers; look at what encoded them"
+            )
 
     def __call__(self, document: Sequence[Segment], rng: torch.Generator, *, close: bool = True) -> TokenStream:
         """The stream of one document. `close=False` leaves out `eos` (a prompt to be continued)."""
