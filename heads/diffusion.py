@@ -69,6 +69,11 @@ class DiffusionHead(Head):
         out = spec.dim * (2 if self.learned_variance else 1)
         self.net = Denoiser(spec.dim, width, self.width or width, self.blocks, out)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the network: float32, unless the whole model was converted."""
+        return self.net.enter.weight.dtype
+
     def plan(self, steps: int = 0) -> Plan:
         """The sampler's steps, or another number of them."""
         return self.sampler.plan(self.process, steps)
@@ -81,23 +86,26 @@ class DiffusionHead(Head):
         with torch.autocast(hidden.device.type, enabled=False):
             count, times = self.batch_multiplier, self.batch_multiplier * len(target)
             x0 = target.float().repeat(count, 1)
-            condition = self.net.condition(hidden.float()).repeat(count, 1)
+            condition = self.net.condition(hidden.to(self.dtype)).repeat(count, 1)
             t = self.process.draw_time(times).to(x0.device)
             noise = torch.randn_like(x0)
             made = self.net.predict(
-                self.process.corrupt(x0, noise, t), self.net.embed_time(self.process.network_time(t)), condition
+                self.process.corrupt(x0, noise, t).to(self.dtype),
+                self.net.embed_time(self.process.network_time(t)),
+                condition,
             )
             wanted = self.process.target(x0, noise, t)
-            return (made - wanted).square().mean(-1).view(count, -1).mean(0)
+            return (made.float() - wanted).square().mean(-1).view(count, -1).mean(0)
 
     @torch.no_grad()
     def sample(self, hidden: Float[Tensor, "n W"], draws: Sequence[Draw]) -> list[tuple[Tensor, Tensor | None]]:
         """Vectors. Rows with guidance have a second row whose noise and x are the same: ŷ = u + scale·(c − u)."""
         out: dict[int, tuple[Tensor, Tensor | None]] = {}
+        hidden = hidden.to(self.dtype)
         with torch.autocast(hidden.device.type, enabled=False):
             for steps in dict.fromkeys(draw.sampling.denoising_steps for draw in draws):
                 chosen = [n for n, draw in enumerate(draws) if draw.sampling.denoising_steps == steps]
-                made = self._together(hidden.float(), [draws[n] for n in chosen], self.plan(steps))
+                made = self._together(hidden, [draws[n] for n in chosen], self.plan(steps))
                 for number, part in zip(chosen, made, strict=True):
                     out[number] = (part, None)
         return [out[number] for number in range(len(draws))]
@@ -116,13 +124,20 @@ class DiffusionHead(Head):
                 guides.append((at, len(own), draw))
             at += len(own)
         noise = torch.cat(noises, dim=1).to(hidden.device)
-        predict = self.net.steps(torch.cat([*conditions, *free, *between]), plan.network_time)
+        predict = self._network(torch.cat([*conditions, *free, *between]), plan)
         if guides:
             predict = self._guided(predict, guides, at)
 
         made = plan.run(predict, noise)
         # random numbers come from the CPU, so that a seed means one thing everywhere; vectors go back to it
         return [part.cpu() for part in made.split([len(c) for c in conditions])]
+
+    def _network(self, condition: Float[Tensor, "n W"], plan: Plan) -> Callable[[Tensor, int], Tensor]:
+        """The network at each step. What is sampled stays in float32, also where a converted model predicts in less."""
+        predict = self.net.steps(condition, plan.network_time)
+        if self.dtype == torch.float32:
+            return predict
+        return lambda x, k: predict(x.to(self.dtype), k).float()
 
     def _guided(
         self, predict: Callable[[Tensor, int], Tensor], guides: Sequence[tuple[int, int, Draw]], rows: int
@@ -161,4 +176,4 @@ class DiffusionHead(Head):
         """Mean and log-variance of one step of the sampler from x (speculative decoding compares two models' chains by
         them). A step without noise has log-variance −∞."""
         plan = self.plan(sampling.denoising_steps if sampling else 0)
-        return plan.transition(self.net.steps(hidden.float(), plan.network_time), x, step)
+        return plan.transition(self._network(hidden.to(self.dtype), plan), x.float(), step)

@@ -39,7 +39,7 @@ class GaussianHead(Head):
         return mean, log_variance
 
     def refined(self, z: Tensor) -> Tensor:
-        return z if self.refine is None else z + self.refine(z)
+        return z if self.refine is None else z + self.refine(z.to(self.parameters_of.weight.dtype)).to(z.dtype)
 
     def loss(self, hidden: Float[Tensor, "n W"], target: Float[Tensor, "n D"]) -> Float[Tensor, " n"]:
         wanted = target.float()

@@ -48,6 +48,7 @@ def adopt(model: MultimodalModel, path_or_name: str | os.PathLike[str]) -> list[
             f"the modalities here are {', '.join(mine.index)}, the checkpoint's {', '.join(other.vocabulary.index)}; "
             "begin with the same ones in the same order"
         )
+    model.null_seen = other.null_seen or model.null_seen
     taken = ["backbone", "embedding", f"heads.{host.name}"]
     model.backbone.load_state_dict(other.backbone.state_dict())
     first = mine.entries[1].start if len(mine.entries) > 1 else len(mine)
@@ -99,6 +100,8 @@ def _copy(into: nn.Module, source: nn.Module) -> bool:
 def train_only(model: nn.Module, parts: list[str]) -> None:
     """Freeze every parameter but those whose name begins with one of `parts` (`heads.image`, `latent_embeddings.image`).
     Raises `ValueError` for a part that no parameter has."""
+    if isinstance(parts, str):
+        raise ValueError(f"train_only must be a list of parts, got the text {parts!r:.60}")
     names = [name for name, _ in model.named_parameters()]
     for part in parts:
         if not any(_within(name, part) for name in names):

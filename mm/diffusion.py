@@ -197,8 +197,8 @@ class Sampler:
             raise ValueError(f"eta belongs to the solver ddim, got {self.eta} with {self.solver}")
         if not 0 < self.last_step < 1:
             raise ValueError(f"last_step must lie between 0 and 1, got {self.last_step}")
-        if not (math.isfinite(self.rho) and self.rho > 0):
-            raise ValueError(f"rho must be a number above 0, got {self.rho}")
+        if not 0.1 <= self.rho <= 10:
+            raise ValueError(f"rho must lie in 0.1..10, got {self.rho}")
         if self.rho != 1.0 and self.solver == "sde":
             raise ValueError(f"sde has times of its own, so that rho means nothing to it; got {self.rho}, leave it out")
 

@@ -43,6 +43,10 @@ class EMA(L.Callback):
         persistent = module.state_dict(keep_vars=True)
         found: dict[str, Tensor] = {n: p for n, p in module.named_parameters() if p.requires_grad and n in persistent}
         found |= {n: b for n, b in module.named_buffers() if b.is_floating_point() and n in persistent}
+        for prefix, part in module.named_modules():
+            if not getattr(part, "averaged", True):  # statistics that are taken from data, not learned step by step
+                for name, _ in part.named_buffers(prefix, recurse=False):
+                    found.pop(name, None)
         return found
 
     @torch.no_grad()

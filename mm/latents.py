@@ -6,7 +6,7 @@
 | `scale` | x · factor, one number (1 / standard deviation) | Rombach et al. 2022, section G; MAR 0.2325 |
 | `channel` | (x − mean) / standard deviation, by channel | |
 | `robust` | (x − median) / (0.7413 · interquartile range), by channel: outliers don't count | LCM, section 2.4.1 |
-| `token` | each vector by itself: mean 0 and variance 1 over its channels | NextStep-1, section 3.3 |
+| `token` | each vector by itself: mean 0, variance 1 over its channels (but for eps, 1e-6) | NextStep-1, section 3.3 |
 
 The statistics are buffers: they are saved with whatever holds the normaliser. Where `token` is used the autoencoder's decoder
 learns to read normalised vectors, for what was divided out can't be found again.
@@ -47,6 +47,8 @@ class LatentNormalizer(nn.Module):
         ValueError: an unknown kind, or a factor that is not one.
     """
 
+    averaged = False
+    """`mm.ema.EMA` leaves the statistics alone: they are those of the averaged encoder already."""
     shift: Tensor
     scale: Tensor
     fitted: Tensor
@@ -55,6 +57,9 @@ class LatentNormalizer(nn.Module):
         super().__init__()
         if kind not in KINDS:
             raise ValueError(f"a normaliser is one of {', '.join(KINDS)}, got {kind!r:.60}")
+        least = 2 if kind == "token" else 1
+        if isinstance(dim, bool) or not isinstance(dim, int) or dim < least:
+            raise ValueError(f"a normaliser of kind {kind} needs a width of {least} or more, got {dim!r:.60}")
         if not (math.isfinite(factor) and factor >= 0) or (factor and kind != "scale"):
             raise ValueError(f"factor belongs to the kind scale and must be above 0, got {factor} for {kind}")
         self.kind, self.dim = kind, dim
@@ -78,13 +83,18 @@ class LatentNormalizer(nn.Module):
             raise ValueError("the vectors to be normalised hold values that are not numbers; look at what encoded them")
         if self.kind in ("none", "token"):
             return
+        if len(vectors) < 2:
+            raise ValueError("one vector has no spread; give at least two to take statistics of")
         x = vectors.double()
         if self.kind == "scale":
             shift, spread = torch.zeros(self.dim), x.std(correction=0).expand(self.dim)
         elif self.kind == "channel":
             shift, spread = x.mean(0), x.std(0, correction=0)
         else:
-            some = x[:: -(-x.numel() // MAX_SAMPLE)]
+            some = x
+            if x.numel() > MAX_SAMPLE:  # at random: even steps would take the same columns of every picture
+                chosen = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))[: MAX_SAMPLE // self.dim]
+                some = x[chosen.to(x.device)]
             low, shift, high = some.quantile(torch.tensor((0.25, 0.5, 0.75), dtype=x.dtype, device=x.device), dim=0)
             spread = NORMAL_IQR * (high - low)
         self.shift.copy_(shift)

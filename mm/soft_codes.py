@@ -16,6 +16,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+COLDEST = 1e-30
+"""Lowest temperature that is divided by: below, float32 has too few digits left."""
+
 
 class SoftCodebook(nn.Module):
     """Vectors → width. Codes and rows are trained.
@@ -58,7 +61,9 @@ class SoftCodebook(nn.Module):
     def weights(self, v: Float[Tensor, "N D"]) -> Float[Tensor, "N K"]:
         """The softmax. ‖v‖² is the same for all codes of a vector and left out."""
         codes = self.codes.float()
-        return ((2 * v @ codes.t() - codes.square().sum(-1)) / self.temperature).softmax(-1)
+        nearness = 2 * v @ codes.t() - codes.square().sum(-1)
+        # the largest becomes 0 before it is divided, so that no temperature makes infinities of all
+        return ((nearness - nearness.amax(-1, keepdim=True)) / max(self.temperature, COLDEST)).softmax(-1)
 
     @torch.no_grad()
     def nearest(self, v: Float[Tensor, "N D"]) -> Int[Tensor, " N"]:

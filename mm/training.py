@@ -20,6 +20,8 @@ from mm.stream import TokenStream
 
 SPREAD = (0.2, 5.0)
 """Standard deviations of vectors between which diffusion is trained without a question."""
+SAMPLE = 64
+"""Vectors that a spread is taken of, at the least: a single picture may be flat."""
 
 
 class ModelTraining(pl.LightningModule):
@@ -70,8 +72,14 @@ class ModelTraining(pl.LightningModule):
         for modality in modalities:  # tokenizers with weights are part of the data path, not of what is trained
             if isinstance(modality.tokenizer, torch.nn.Module):
                 modality.tokenizer.eval().requires_grad_(False)
-        self.unnormalized = unnormalized
-        self._spread_known = unnormalized
+        self._unchecked: dict[str, list[Tensor]] = {
+            m.name: []
+            for number, m in enumerate(modalities)
+            if not unnormalized
+            and m.tokenizer.spec.kind == "continuous"
+            and (self.model.process(number) is not None or hasattr(m.head, "process"))
+        }
+        """First vectors of the modalities whose spread isn't known yet."""
         if initial is not None and adopt is not None:
             raise ValueError("give initial (the same tokenizers) or adopt (others), not both")
         if initial is not None:
@@ -100,9 +108,9 @@ class ModelTraining(pl.LightningModule):
         )
 
     def training_step(self, batch: TokenStream, batch_idx: int) -> Tensor:
-        if not self._spread_known:
-            self._check_spread(batch)
-        if not self.model.null_seen:
+        self._check_spread(batch)
+        # on an accelerator the look costs a synchronisation, so that it is rare where conditions are never dropped
+        if not self.model.null_seen and (batch_idx < 100 or batch_idx % 100 == 0):
             null = self.model.vocabulary.control("null")
             self.model.null_seen = bool((batch.ids == null).any())
         return self._step(batch, "train")
@@ -110,16 +118,24 @@ class ModelTraining(pl.LightningModule):
     def _check_spread(self, batch: TokenStream) -> None:
         """Raises `ValueError` where the first vectors that diffusion is to learn are far from unit spread, as its schedules
         take them to be: the latents of an autoencoder that nobody normalised."""
-        for name, record in batch.latents.items():
-            number = self.model.vocabulary.index[name]
-            diffuses = self.model.process(number) is not None or hasattr(self.model.head(name), "process")
-            spread = float(record.values.float().std())
-            if diffuses and not SPREAD[0] <= spread <= SPREAD[1]:
+        for name in [name for name in self._unchecked if name in batch.latents]:
+            seen = torch.cat([*self._unchecked[name], batch.latents[name].values.detach().float()])
+            self._unchecked[name] = [seen]
+            if len(seen) < SAMPLE:
+                continue
+            del self._unchecked[name]
+            spread = float(seen.std())
+            if not SPREAD[0] <= spread <= SPREAD[1]:
                 raise ValueError(
                     f"the vectors of {name!r} have a standard deviation of {spread:.3g}, and diffusion takes it to be about 1 "
                     f"({SPREAD[0]:g} to {SPREAD[1]:g}); normalise them (mm.latents), or set unnormalized: true"
                 )
-        self._spread_known = bool(batch.latents) or not self.model.latent_embeddings
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["null_seen"] = self.model.null_seen
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.model.null_seen = checkpoint.get("null_seen")
 
     def validation_step(self, batch: TokenStream, batch_idx: int) -> Tensor:
         return self._step(batch, "val")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mm.generation import Engine, Request
 from mm.heads.diffusion import DiffusionHead
+from mm.heads.gaussian import GaussianHead
 from mm.heads.regression import RegressionHead
 from mm.hub import load_pretrained, save_pretrained
 from mm.interfaces import Draw, Encoded, Order, Sampling
@@ -252,3 +253,18 @@ def test_both_guidances_reach_the_diffusion_head() -> None:
     assert not torch.allclose(
         together[1][0].content.content, Engine(net).generate([asked(1)])[0][0].content.content, atol=1e-3
     )
+
+
+@pytest.mark.parametrize("head", [DiffusionHead(width=16, blocks=1), RegressionHead(), GaussianHead()])
+def test_converted_models_learn_and_draw(head: Any) -> None:
+    """All of a model in bfloat16: vectors come out in float32, and the loss is a number."""
+    net = tiny(Raster(), tokenizer=ImagePatches(size=8, patch=2), head=head, qk_norm=True).to(torch.bfloat16)
+    guided = Sampling(guidance=2.0)
+    ((made,),) = Engine(net).generate(
+        [Request(prompt=[text("a")], items=[("image", (2, 2))], text=False, sampling=guided)]
+    )
+    assert made.content.content.dtype == torch.float32 and bool(made.content.content.isfinite().all())
+    document = net.build_document([text("a"), Segment("image", picture(2, 2))], torch.Generator().manual_seed(0))
+    loss = net.loss(document).total
+    loss.backward()
+    assert bool(loss.isfinite())

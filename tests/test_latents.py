@@ -326,3 +326,43 @@ def test_vectors_that_are_no_numbers_are_refused() -> None:
     broken = Encoded(grid=(1, 1), latents=torch.full((1, 12), float("nan")))
     with pytest.raises(ValueError, match="its vectors hold values that are not numbers; look at what encoded them"):
         net.build_document([Segment("image", broken)], torch.Generator())
+
+
+def test_averages_of_weights_leave_statistics_alone() -> None:
+    """They are taken from the averaged encoder, and stay when the trained weights come back."""
+    from mm.ema import EMA
+
+    torch.manual_seed(0)
+    tokenizer, average = ImageVAE(size=16, channels=8, latent=4).train(), EMA()
+    average.update(tokenizer)
+    average.swap_in(tokenizer)
+    tokenizer.fit_normalizer(pictures())
+    found = tokenizer.normalizer.scale.clone()
+    average.swap_out(tokenizer)
+    assert tokenizer.normalizer.ready and torch.equal(tokenizer.normalizer.scale, found)
+    assert not any("normalizer" in name for name in average.shadow) and any(
+        "encoder" in name for name in average.shadow
+    )
+
+
+def test_many_vectors_are_sampled_at_random(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every column of a grid has its say: here the first one is another world."""
+    from mm import latents
+
+    monkeypatch.setattr(latents, "MAX_SAMPLE", 1 << 12)
+    x = torch.randn(64 * 1024, 2, generator=torch.Generator().manual_seed(0))
+    x[::64] += 10
+    normalizer = LatentNormalizer("robust", 2)
+    normalizer.fit(x)
+    assert float(normalizer.shift.abs().max()) < 0.15 and 0.85 < float(normalizer.scale.min()) < 1.15
+
+
+@torch.no_grad()
+def test_no_temperature_breaks_a_soft_lookup() -> None:
+    _, embedding, _ = soft(1.0)
+    v = torch.randn(50, 4, generator=torch.Generator().manual_seed(0)) * 3
+    for temperature in (1e-38, 1e-12, 1e30):
+        embedding.temperature = temperature
+        assert bool(embedding.weights(v).isfinite().all())
+    embedding.temperature = 1e-38
+    assert torch.equal(embedding.weights(v).argmax(-1), embedding.nearest(v))

@@ -128,8 +128,8 @@ def test_shifted_times_end_at_one(shift: float) -> None:
 @pytest.mark.parametrize(
     ("settings", "process", "said"),
     [
-        ({"rho": 0.0}, {}, "rho must be a number above 0, got 0.0"),
-        ({"rho": float("nan")}, {}, "rho must be"),
+        ({"rho": 0.0}, {}, "rho must lie in 0.1..10, got 0.0"),
+        ({"rho": float("nan")}, {}, "rho must lie"),
         ({"rho": 2.0, "solver": "sde"}, {}, "sde has times of its own"),
         (
             {"rho": 2.0, "solver": "dpm++"},
