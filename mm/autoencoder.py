@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mm import saved
+
 
 def _norm(channels: int) -> nn.GroupNorm:
     # Sixteen channels a group where that divides; one group otherwise (tiny test models).
@@ -87,7 +89,13 @@ MAX_SIDE_TOKENS = 256
 
 
 def check_shape(c: Mapping[str, Any]) -> None:
-    """Raises `ValueError` for settings of a tokenizer (`ImageVQ`, `ImageVAE`) whose sizes do not fit each other."""
+    """Raises `ValueError` for settings of a tokenizer (`ImageVQ`, `ImageVAE`, `ImageSoftVQ`) that are no sizes, or do not fit
+    each other."""
+    for name in (
+        "size", "downsample", "patch", "channels", "blocks", "decoder_channels", "decoder_blocks", "attention_heads"
+    ):  # fmt: skip
+        saved.whole_number(name, c[name])
+    saved.whole_numbers("multipliers", c["multipliers"])
     if c["downsample"] not in (4, 8, 16):
         raise ValueError(f"downsample must be 4, 8 or 16, got {c['downsample']}")
     if c["patch"] not in (1, 2, 4):
@@ -106,7 +114,7 @@ def check_shape(c: Mapping[str, Any]) -> None:
         raise ValueError(
             f"widths must be in 1..4096 and blocks in 1..64, got {widths}, {c['blocks']} and {c['decoder_blocks']}"
         )
-    if c["block"] not in BLOCKS:
+    if not isinstance(c["block"], str) or c["block"] not in BLOCKS:
         raise ValueError(f"block must be one of {', '.join(BLOCKS)}, got '{c['block']}'")
     heads = c["attention_heads"]
     if heads < 0 or (heads and any(w * c["multipliers"][-1] % heads for w in (c["channels"], c["decoder_channels"]))):

@@ -7,7 +7,6 @@ for is held to the size of the weights file; nothing leads out of the folder, an
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import re
 from collections.abc import Mapping
@@ -165,12 +164,14 @@ def load_pretrained(path_or_name: str | os.PathLike[str]) -> MultimodalModel:
     """
     import torch
 
+    from mm.saved import SLACK, budget
+
     folder = resolve(path_or_name)
     config = read_config(folder)
     with torch.random.fork_rng(devices=[]):
         tokenizers = load_tokenizers(folder, config)
         weights = safe_io.inside(folder, WEIGHTS)
-        with _budget((weights.stat().st_size if weights.is_file() else 0) + (1 << 24)):
+        with budget((weights.stat().st_size if weights.is_file() else 0) + SLACK):
             model = _build(config, tokenizers)
     model.vocabulary.check(config["vocabulary"])
     model.load_state_dict(_read_weights(folder, model))
@@ -193,36 +194,6 @@ def load_weights(model: MultimodalModel, path_or_name: str | os.PathLike[str]) -
             )
     model.load_state_dict(_read_weights(folder, model))
     model.null_seen = config.get("null_seen") or model.null_seen
-
-
-def _budget(elements: int) -> Any:
-    """A context in which no more than so many tensor elements are created: a description that asks for far more than
-    the weights file holds is refused before the memory is taken.
-
-    (Building on torch's meta device would tell the same, but imports the compiler, which takes seconds.)
-    """
-    import torch
-    from torch.overrides import TorchFunctionMode
-
-    makers = {torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.arange}
-
-    class Budget(TorchFunctionMode):
-        left = elements
-
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            kwargs = kwargs or {}
-            if func in makers:
-                size = kwargs.get("size", args[0] if args and isinstance(args[0], list | tuple) else args)
-                if func is torch.arange:
-                    size = [max((abs(x) for x in args if isinstance(x, int)), default=0)]
-                elif func is torch.full:
-                    size = args[0] if args else size
-                self.left -= math.prod(n for n in size if isinstance(n, int))
-                if self.left < 0:
-                    raise ValueError("it asks for far more memory than its weights file holds")
-            return func(*args, **kwargs)
-
-    return Budget()
 
 
 def _read_weights(folder: Path, model: MultimodalModel) -> dict[str, Any]:
@@ -255,6 +226,8 @@ def load_tokenizers(folder: Path, config: Mapping[str, Any]) -> dict[str, Modali
 
 
 def _from_folder(folder: Path, described: Mapping[str, Any], place: str) -> Any:
+    from mm.saved import SLACK, budget
+
     where = safe_io.inside(folder, str(described["folder"]))
     held = 0
     for file in where.rglob("*"):
@@ -266,7 +239,7 @@ def _from_folder(folder: Path, described: Mapping[str, Any], place: str) -> Any:
         raise ValueError(
             f"{place}, {described['class_path']!r}, has no from_directory(), but the checkpoint names a folder"
         )
-    with _budget(held + (1 << 24)):
+    with budget(held + SLACK):
         return attempt(lambda: cls.from_directory(where), place)
 
 

@@ -8,8 +8,9 @@ D = C · pack² width of a token, N tokens of one picture.
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -17,14 +18,21 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
-from mm import pictures
+from mm import pictures, safe_io, saved
 from mm.interfaces import Decoded, Encoded, ModalityTokenizer, Spec
 from mm.latents import LatentNormalizer
+from mm.trainable import TrainableTokenizer
 
 MAX_AXIS = 256
 """Largest extent of a grid that the vocabulary's size controls can state."""
 BATCH_PIXELS = 1 << 20
 """Pixels that go through a network at once, at the most (16 pictures of 256×256); bounds memory, not results."""
+MAX_PACK = 16
+
+
+def check_pack(pack: Any) -> None:
+    """Raises `ValueError` for a `pack` that is none; ask before a normaliser is made, whose width grows with its square."""
+    saved.whole_number("pack", pack, 1, MAX_PACK)
 
 
 class LatentPictures(ModalityTokenizer, nn.Module):
@@ -40,8 +48,10 @@ class LatentPictures(ModalityTokenizer, nn.Module):
 
     def fit_to(self, size: int, downsample: int, channels: int, normalizer: LatentNormalizer, pack: int = 1) -> None:
         """Side of the square that pictures are fitted to, pixels a latent along a side, and C."""
+        check_pack(pack)
+        saved.whole_number("size", size)
         step = downsample * pack
-        if pack < 1 or size < step or size % step or size // step > MAX_AXIS:
+        if size < step or size % step or size // step > MAX_AXIS:
             raise ValueError(
                 f"size must be a multiple of {step} (downsample · pack) up to {step * MAX_AXIS}, got {size} with pack {pack}"
             )
@@ -84,7 +94,8 @@ class LatentPictures(ModalityTokenizer, nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        """Computed once, then kept until the weights change (`train`, `load_state_dict`, `weights_changed` forget it)."""
+        """Computed once, then kept until the weights change (`train`, `load_state_dict`, `to`, also of a module around it, and
+        `weights_changed` forget it)."""
         if self._fingerprint is None:
             self._fingerprint = self.identity()
         return self._fingerprint
@@ -106,18 +117,22 @@ class LatentPictures(ModalityTokenizer, nn.Module):
 
     def decode(self, encoded: Encoded) -> Decoded:
         """An RGB picture; what is not a number is taken to be 0, and a grid that isn't one of this tokenizer's replaced,
-        with `valid` off."""
+        with `valid` off. Without statistics of the normaliser the network reads the vectors as they are, with `valid` off."""
         return self.decode_batch([encoded])[0]
 
     @torch.no_grad()
     def decode_batch(self, items: Sequence[Encoded]) -> list[Decoded]:
         repaired = [self._repaired(item) for item in items]
+        untrained = (
+            "" if self.normalizer.ready else "the tokenizer is not trained yet, its normaliser has no statistics"
+        )
         out: dict[int, Decoded] = {}
         for where in self._batches([grid for grid, _, _ in repaired]):
             grid = repaired[where[0]][0]
             rows = torch.stack([repaired[i][1] for i in where]).to(self._like())
-            for i, pixels in zip(where, pictures.from_unit(self.untoken(rows, grid).float().cpu()), strict=True):
-                reason = repaired[i][2]
+            made = self.pixels(self.map(rows, grid)) if untrained else self.untoken(rows, grid)
+            for i, pixels in zip(where, pictures.from_unit(made.float().cpu()), strict=True):
+                reason = "; ".join(filter(None, (untrained, repaired[i][2])))
                 out[i] = Decoded(value=pictures.to_image(pixels), valid=not reason, reason=reason)
         return [out[i] for i in range(len(items))]
 
@@ -170,9 +185,13 @@ class LatentPictures(ModalityTokenizer, nn.Module):
             self._fingerprint = None
         return super().train(mode)
 
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        self._fingerprint = None
-        return super().load_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._fingerprint = None  # here and not in load_state_dict, which a module around this one doesn't call
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self._fingerprint = None  # of `to`, `half` and the like: another type rounds the weights
+        return super()._apply(*args, **kwargs)
 
     def _like(self) -> Tensor:
         return next(self.parameters())
@@ -220,3 +239,54 @@ class LatentPictures(ModalityTokenizer, nn.Module):
         for i, key in enumerate(keys):
             places.setdefault(key, []).append(i)
         return [where[n : n + self._batch] for where in places.values() for n in range(0, len(where), self._batch)]
+
+
+class TrainedPictures(LatentPictures, TrainableTokenizer):
+    """Those that `mm fit` trains: a network with an `encoder` and a `decoder` made from settings, and saved with them."""
+
+    form: ClassVar[str]
+    """Of the saved settings, `mm.tokenizers.` and the file's name."""
+    what: ClassVar[str]
+    """What messages call it, with its article."""
+    inner: ClassVar[tuple[str, ...]]
+    """Settings of decoder and training, which do not change what a vector means."""
+    config: dict[str, Any]
+
+    @abc.abstractmethod
+    def _build(self, c: dict[str, Any]) -> None:
+        """Check the settings and make the networks."""
+
+    def _restore(self, pretrained: str, defaults: Mapping[str, Any]) -> None:
+        """Become what `save` wrote, in evaluation mode. Raises `ValueError` for files that are missing, damaged, of other
+        shapes, or not what was saved."""
+        folder = saved.find(pretrained, self.what.split(" ", 1)[1])
+        config = saved.read(folder, self.form, defaults, self.what)
+        with saved.building(folder):
+            self._build(config)
+        self.load_state_dict(saved.read_weights(folder, self.state_dict()))
+        self.eval()
+        saved.check_whole(folder, self.fingerprint, self.config, self.state_dict())
+
+    def identity(self) -> str:
+        """Of encoder and normaliser: a decoder that was trained further draws the same vectors better."""
+        config = {name: value for name, value in self.config.items() if name not in self.inner}
+        state = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("decoder.")}
+        return f"{self.form.rpartition('.')[2]}-{saved.digest(config, state)}"
+
+    def save(self, path: str | Path) -> None:
+        """Write `config.json` and `model.safetensors` into the folder `path`, both or neither."""
+        self.weights_changed()
+        with safe_io.atomic_folder(path, last=saved.CONFIG) as folder:
+            saved.write(folder, self.form, self.config, self.state_dict(), self.fingerprint)
+
+    @classmethod
+    def from_directory(cls, path: str | Path) -> Self:
+        """A saved tokenizer, in evaluation mode. Raises `ValueError` for files that are missing, damaged, of other shapes,
+        or not what was saved."""
+        return cls(pretrained=str(path))
+
+    def synchronise(self, enabled: bool) -> None:
+        """Nothing here is learned but by gradients."""
+
+    def before_saving(self, batch: Float[Tensor, "B 3 H W"]) -> None:
+        self.fit_normalizer(batch)

@@ -1,19 +1,25 @@
 """What a tokenizer with weights is saved as: `config.json` and `model.safetensors` in one folder, both or neither.
 
 The settings are checked before anything is built from them, whoever wrote them: each of the type that the tokenizer's own
-argument has, none missing, none too many. A fingerprint says what tokens mean, a digest what was saved together.
+argument has, none missing, none too many. The memory that they ask for is held to the size of the weights file. A fingerprint
+says what tokens mean, a digest what was saved together.
+
+Weights are written in float32 and read as such: a tokenizer that was moved to another type comes back with equal values.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from mm import safe_io
 
@@ -23,16 +29,67 @@ MAX_NUMBER = 1 << 30
 """Largest number among the settings; JSON has larger ones, and readers make infinity of some."""
 MAX_LIST, MAX_TEXT = 32, 256
 SHIPPED = Path(__file__).resolve().parent / "checkpoints"
+SLACK = 1 << 24
+"""Tensor elements that anything may take, however small its weights file is (64 MiB of float32)."""
+
+# --- settings -------------------------------------------------------------------------------------------------------
 
 
-def find(pretrained: str, what: str) -> Path:
+def whole_number(name: str, value: Any, low: int | None = None, high: int | None = None) -> None:
+    """Raises `ValueError` unless `value` is a whole number (a bool is none) from `low` to `high`, both given or neither."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if low is None or high is None:
+        low, high, where = -MAX_NUMBER, MAX_NUMBER, ""
+    else:
+        where = f" in {low}..{high}"
+    if not whole or not low <= value <= high:
+        raise ValueError(f"{name} must be a whole number{where}, got {value!r:.60}")
+
+
+def number(name: str, value: Any, low: float | None = None) -> None:
+    """Raises `ValueError` unless `value` is a number that a saved setting may be, and no less than `low`."""
+    real = isinstance(value, int | float) and not isinstance(value, bool)
+    if not real or not max(-MAX_NUMBER, -MAX_NUMBER if low is None else low) <= value <= MAX_NUMBER:
+        least = "" if low is None else f" of at least {low:g}"
+        raise ValueError(f"{name} must be a number{least}, got {value!r:.60}")
+
+
+def as_list(value: Any) -> Any:
+    """A tuple as the list that JSON makes of it; what is neither is left to be refused by its name."""
+    return list(value) if isinstance(value, tuple) else value
+
+
+def whole_numbers(name: str, value: Any) -> None:
+    """Raises `ValueError` unless `value` is a list of whole numbers, at least one."""
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"{name} must be a list of whole numbers, got {value!r:.60}")
+    for item in value:
+        whole_number(f"each of {name}", item)
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+def find(pretrained: str | os.PathLike[str], what: str) -> Path:
     """The folder of a saved tokenizer: a path, or the name of one that ships with the package. Raises `ValueError`."""
+    if not isinstance(pretrained, str | os.PathLike):
+        raise ValueError(
+            f"a saved {what} is named by its folder (str or Path), got {type(pretrained).__name__}: give the folder that "
+            "its save() wrote"
+        )
+    pretrained = os.fspath(pretrained)
     folders = [Path(pretrained)]
     if pretrained and len(Path(pretrained).parts) == 1 and pretrained != "..":
         folders.append(SHIPPED / pretrained)
     for folder in folders:
-        if (folder / CONFIG).is_file():
-            return folder
+        try:
+            if (folder / CONFIG).is_file():
+                return folder
+        except OSError as error:  # longer than names can be, or behind a folder that is closed to us
+            raise ValueError(
+                f"'{pretrained[:60]}' can't be looked up as a saved {what} ({error.strerror}): give a folder that its save() "
+                "wrote"
+            ) from error
     shipped = sorted(p.parent.name for p in SHIPPED.glob(f"*/{CONFIG}")) if SHIPPED.is_dir() else []
     raise ValueError(
         f"no saved {what} in '{pretrained}' ({CONFIG} is missing): give a folder that its save() wrote, "
@@ -75,7 +132,7 @@ def _like(value: Any, default: Any) -> bool:
 
 def write(folder: Path, form: str, config: Mapping[str, Any], state: Mapping[str, Tensor], fingerprint: str) -> None:
     """Both files into a folder that exists (see `safe_io.atomic_folder`)."""
-    safe_io.write_tensors(folder / WEIGHTS, state)
+    safe_io.write_tensors(folder / WEIGHTS, {name: _stored(tensor) for name, tensor in state.items()})
     value = {"format": form, "fingerprint": fingerprint, "digest": digest(config, state), "config": dict(config)}
     safe_io.write_json(folder / CONFIG, value)
 
@@ -97,10 +154,63 @@ def check_whole(folder: Path, fingerprint: str, config: Mapping[str, Any], state
 
 
 def digest(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:
-    """Sixteen hexadecimal digits that change with any setting or weight."""
+    """Sixteen hexadecimal digits that change with any setting or weight, as it is stored: in float32."""
     found = hashlib.sha256(json.dumps(dict(config), sort_keys=True).encode())
     for name, tensor in sorted(state.items()):
-        values = tensor.detach().cpu().contiguous()
+        values = _stored(tensor).contiguous()
         found.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
         found.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()[:16]
+
+
+def _stored(tensor: Tensor) -> Tensor:
+    """On the CPU; floating-point numbers as float32, which holds those of the 16-bit types exactly."""
+    tensor = tensor.detach().cpu()
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+
+def building(folder: Path) -> budget:
+    """A context for what is built from the settings in a folder: it may take no more memory than the weights beside them
+    account for. Raises `ValueError` where they are missing."""
+    file = folder / WEIGHTS
+    if not file.is_file():
+        raise ValueError(f"{str(file)!r} is missing: restore the pair of files that was saved together")
+    held = file.stat().st_size
+    return budget(held + SLACK, f" ({str(file)!r}, {held:,} bytes): restore the pair of files that was saved together")
+
+
+class budget(TorchFunctionMode):  # noqa: N801 - used as a context, like `torch.no_grad`
+    """A context in which no more than so many tensor elements are created: a description that asks for far more than
+    the weights file holds is refused before the memory is taken. Of several, one in another, each holds.
+
+    (Building on torch's meta device would tell the same, but imports the compiler, which takes seconds.)
+
+    Args:
+        elements: how many.
+        advice: the end of the refusal's sentence.
+
+    Raises:
+        ValueError: inside, when more would be created.
+    """
+
+    MAKERS = frozenset((torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.arange))
+
+    def __init__(self, elements: int, advice: str = "") -> None:
+        super().__init__()
+        self.left, self.advice = elements, advice
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in self.MAKERS:
+            size = kwargs.get("size", args[0] if args and isinstance(args[0], list | tuple) else args)
+            if func is torch.arange:
+                size = [max((abs(x) for x in args if isinstance(x, int)), default=0)]
+            elif func is torch.full:
+                size = args[0] if args else size
+            self.left -= math.prod(n for n in size if isinstance(n, int))
+            if self.left < 0:
+                raise ValueError(f"it asks for far more memory than its weights file holds{self.advice}")
+        return func(*args, **kwargs)

@@ -186,9 +186,9 @@ def test_decoding_never_raises(tokenizer: TextConcepts, value: float) -> None:
 
 def test_wrong_sizes_are_refused() -> None:
     for settings, message in (
-        ({"dim": 0}, "dim must be a whole number from 1 to 4096, got '0'"),
+        ({"dim": 0}, "dim must be a whole number in 1..4096, got 0"),
         ({"width": 10, "heads": 4}, "multiple of heads, got 10 and 4"),
-        ({"sentences": 300}, "sentences must be a whole number from 1 to 256"),
+        ({"sentences": 300}, "sentences must be a whole number in 1..256"),
         ({"bank": ["a", " "]}, "a bank is a list of at most 1,048,576 sentences"),
         ({"encoder": "some/model"}, "has no decoder; give a bank"),
     ):

@@ -304,8 +304,12 @@ def test_a_soft_tokenizer_refuses_and_is_saved(tmp_path: Path) -> None:
         ImageSoftVQ(None)
     with pytest.raises(ValueError, match="the normalizer token forgets a feature's length"):
         ImageSoftVQ(ImageVQ.tiny(), normalizer="token")
-    with pytest.raises(ValueError, match="temperature of a soft codebook must be a number of at least 0, got -1.0"):
-        ImageSoftVQ(ImageVQ.tiny(), temperature=-1.0).embedding(4)
+    for temperature in (-1.0, float("nan"), None):
+        with pytest.raises(ValueError, match="temperature.* must be a number of at least 0, got"):
+            ImageSoftVQ(ImageVQ.tiny(), temperature=temperature)  # type: ignore[arg-type]
+    for source in (torch.nn.Linear(2, 2), 3):
+        with pytest.raises(ValueError, match="must be an ImageVQ or the folder of one|is named by its folder"):
+            ImageSoftVQ(source)  # type: ignore[arg-type]
     tokenizer, _, _ = soft(2.0)
     tokenizer.save(tmp_path / "soft")
     again = ImageSoftVQ.from_directory(tmp_path / "soft")

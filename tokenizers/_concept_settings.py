@@ -28,9 +28,7 @@ BOUNDS = {
 def check(c: dict[str, Any]) -> None:
     """Raises `ValueError` for sizes out of range or that do not fit each other."""
     for name, (least, most) in BOUNDS.items():
-        value = c[name]
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-            raise ValueError(f"{name} must be a whole number from {least} to {most}, got {str(value)[:60]!r}")
+        saved.whole_number(name, c[name], least, most)
     if c["width"] % c["heads"]:
         raise ValueError(f"width must be a multiple of heads, got {c['width']} and {c['heads']}")
 
@@ -43,6 +41,16 @@ def check_bank(bank: Any) -> list[str]:
             "leave out what is no sentence"
         )
     return [" ".join(check_text(sentence).split()) for sentence in bank]
+
+
+def check_lengths(bank: list[str], c: dict[str, Any]) -> None:
+    """Raises `ValueError` for a sentence that the autoencoder of these settings can't read; other encoders read any."""
+    for number, sentence in enumerate(bank):
+        if not c["encoder"] and len(sentence.encode()) > c["max_bytes"]:
+            raise ValueError(
+                f"sentence {number} of the bank has {len(sentence.encode())} bytes, expected up to max_bytes "
+                f"({c['max_bytes']}): shorten it, or raise max_bytes"
+            )
 
 
 def check_text(text: Any) -> str:
@@ -78,6 +86,7 @@ def read(folder: Path, defaults: dict[str, Any]) -> tuple[dict[str, Any], list[l
     try:
         check(config)
         bank = check_bank(words.get("bank"))
+        check_lengths(bank, config)
     except ValueError as error:
         raise ValueError(f"{str(folder)!r} is damaged: {error}") from error
     if config["encoder"] and not HUB_NAME.fullmatch(config["encoder"]):

@@ -42,7 +42,7 @@ def check_codebook(folder: Path, c: dict[str, Any]) -> None:
         )
 
 
-def read_whole(source: str) -> tuple[dict[str, Any], dict[str, Tensor], str]:
+def read_whole(source: str | Path) -> tuple[dict[str, Any], dict[str, Tensor], str]:
     """Settings, weights and fingerprint of a tokenizer that `ImageVQ.save` wrote (folder, or shipped name), as they were saved
     together. Raises `ValueError` for what is missing, damaged or foreign."""
     folder = saved.find(source, WHAT)

@@ -7,7 +7,6 @@ latents without them have another spread than what was meant, so a checkpoint th
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mm import safe_io, saved
-from mm.latent_pictures import LatentPictures
+from mm.latent_pictures import LatentPictures, check_pack
 from mm.latents import LatentNormalizer
 from mm.vq_adapter import CONFIG, SETTINGS, WEIGHTS, load_config, load_network
 
 SIZE = 256
+MIN_FACTOR, MAX_FACTOR = 1e-4, 1e4
+"""Scaling factors beyond are mistakes: published ones are 0.13 to 1.5."""
 
 
 class ImageKL(LatentPictures):
@@ -30,18 +31,25 @@ class ImageKL(LatentPictures):
         path: folder of the checkpoint (`config.json` and safetensors), or an `AutoencoderKL`.
         size: side of the square that pictures are fitted to; 0 = what was saved, else 256.
         scaling_factor: where the checkpoint doesn't state one; 0 = the checkpoint's.
-        pack: joins squares of pack×pack latents to one token (NextStep-1, FLUX: 2).
+        pack: joins squares of pack×pack latents to one token (NextStep-1, FLUX: 2); 0 = what was saved, else 1.
 
     Raises:
-        ValueError: no scaling factor; one that is not a number above 0; files missing, damaged or foreign.
+        ValueError: no scaling factor; one that is not a number from 1e-4 to 1e4; files missing, damaged or foreign.
     """
 
-    def __init__(self, path: str | torch.nn.Module, size: int = 0, scaling_factor: float = 0.0, pack: int = 0) -> None:
+    def __init__(
+        self, path: str | Path | torch.nn.Module, size: int = 0, scaling_factor: float = 0.0, pack: int = 0
+    ) -> None:
         super().__init__()
-        if isinstance(path, str):
-            config, settings = load_config(path), _settings(path)
-            network: Any = load_network(path, _build)
+        if isinstance(path, str | Path):
+            config, settings = load_config(str(path)), _settings(str(path))
+            network: Any = load_network(str(path), _build)
         else:
+            if not isinstance(path, torch.nn.Module) or not hasattr(getattr(path, "config", None), "latent_channels"):
+                raise ValueError(
+                    f"expected the folder of a VAE (str or Path) or a diffusers.AutoencoderKL, got {type(path).__name__}: "
+                    "give one of them"
+                )
             network, settings = path, {}
             config = dict(network.config)
         factor = scaling_factor or config.get("scaling_factor")
@@ -52,16 +60,22 @@ class ImageKL(LatentPictures):
             )
         shift = config.get("shift_factor") or 0.0
         for name, value in (("scaling_factor", factor), ("shift_factor", shift)):
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise ValueError(f"{name} of the VAE must be a number, got {value!r:.60}")
+            saved.number(f"{name} of the VAE", value)
         if factor <= 0:
             raise ValueError(f"scaling_factor of the VAE must be above 0, got {factor}")
+        if not MIN_FACTOR <= factor <= MAX_FACTOR:
+            raise ValueError(
+                f"scaling_factor of the VAE must be from {MIN_FACTOR:g} to {MAX_FACTOR:g} (1 / the latents' deviation), "
+                f"got {factor:g}: correct it"
+            )
         if config.get("latents_mean") is not None or config.get("latents_std") is not None:
             raise ValueError(
                 "this VAE normalises its latents by channel (latents_mean, latents_std); that is not supported"
             )
-        channels, downsample = int(config["latent_channels"]), 2 ** (len(config["block_out_channels"]) - 1)
-        pack = pack or settings.get("pack", 1)
+        # of the network, which has defaults for what a configuration leaves out
+        channels, downsample = network.config.latent_channels, 2 ** (len(network.config.block_out_channels) - 1)
+        pack = settings.get("pack", 1) if pack == 0 and not isinstance(pack, bool) else pack
+        check_pack(pack)
         normalizer = LatentNormalizer("scale", channels * pack**2, float(factor))
         normalizer.shift.fill_(float(shift))
         self.fit_to(size or settings.get("size", SIZE), downsample, channels, normalizer, pack)

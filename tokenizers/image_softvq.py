@@ -18,56 +18,56 @@ from torch import Tensor, nn
 
 from mm import safe_io, saved
 from mm.autoencoder import Decoder, Encoder, check_shape
-from mm.latent_pictures import LatentPictures
+from mm.latent_pictures import TrainedPictures
 from mm.latents import Kind, LatentNormalizer
 from mm.quantizers import Quantizer
 from mm.soft_codes import SoftCodebook
 from mm.tokenizers import _image_vq_settings as settings
-from mm.trainable import Reconstruction, TrainableTokenizer
+from mm.trainable import Reconstruction
 
-FORMAT, WHAT = "mm.tokenizers.image_softvq", "soft-VQ tokenizer"
 DEFAULTS: dict[str, Any] = dict(
     size=32, downsample=4, patch=4, channels=64, multipliers=[1], blocks=1, block="residual", decoder_channels=64,
     decoder_blocks=1, attention_heads=0, codebook_size=1024, code_dim=8, temperature=1.0, normalizer="scale", origin="",
 )  # fmt: skip
 
 
-class ImageSoftVQ(LatentPictures, TrainableTokenizer):
+class ImageSoftVQ(TrainedPictures):
     """Un-quantised features of a VQ tokenizer.
 
     Args:
         source: the VQ tokenizer: a folder that `ImageVQ.save` wrote, the name of one shipped with the package, or an
             `ImageVQ`.
-        temperature: τ of the soft lookup, in squared units of the features (Orthus: 1).
+        temperature: τ of the soft lookup, in squared units of the features (Orthus: 1); 0 = the nearest code.
         normalizer: how features are brought to unit spread (`scale`, `channel`, `robust` or `none`); a new tokenizer's
             statistics are those of the codebook's entries, until `mm fit` or `fit_normalizer` takes them from pictures.
         pretrained: a folder that `save` wrote; replaces every other argument.
 
     Raises:
-        ValueError: neither or both of `source` and `pretrained`; a tokenizer without one codebook (fsq, residual, …); files
-            that are missing, damaged or foreign.
+        ValueError: neither `source` nor `pretrained`; a source that is no VQ tokenizer, or one without one codebook (fsq,
+            residual, …); a temperature that is not a number of at least 0; files that are missing, damaged or foreign.
     """
 
+    form, what = "mm.tokenizers.image_softvq", "a soft-VQ tokenizer"
+    inner = ("decoder_channels", "decoder_blocks")
+    ready_made = True
+    """Made without arguments it is trained: `mm tokenize` takes it by its name alone."""
     codes: Tensor
 
     def __init__(
         self,
-        source: str | nn.Module | None = "emoji_vq",
+        source: str | Path | nn.Module | None = "emoji_vq",
         temperature: float = 1.0,
         normalizer: Kind = "scale",
         pretrained: str | None = None,
     ) -> None:
         super().__init__()
         if pretrained is not None:
-            folder = saved.find(pretrained, WHAT)
-            self._build(saved.read(folder, FORMAT, DEFAULTS, f"a {WHAT}"))
-            self.load_state_dict(saved.read_weights(folder, self.state_dict()))
-            self.eval()
-            saved.check_whole(folder, self.fingerprint, self.config, self.state_dict())
+            self._restore(pretrained, DEFAULTS)
             return
+        _check_temperature(temperature)
         if source is None:
             raise ValueError("give source, a VQ tokenizer whose features are the tokens, or pretrained")
-        config, weights, origin = settings.read_whole(source) if isinstance(source, str) else _parts(source)
+        config, weights, origin = _parts(source) if isinstance(source, nn.Module) else settings.read_whole(source)
         if config.get("quantizer") != "vq":
             raise ValueError(
                 f"a soft lookup needs the quantizer vq, which has one codebook; got {config.get('quantizer')}"
@@ -83,10 +83,13 @@ class ImageSoftVQ(LatentPictures, TrainableTokenizer):
 
     def _build(self, c: dict[str, Any]) -> None:
         check_shape(c)
+        _check_temperature(c["temperature"])
         if c["normalizer"] == "token":
             raise ValueError(
                 "the normalizer token forgets a feature's length, which its distance to codes needs; use scale"
             )
+        for name in ("code_dim", "codebook_size"):
+            saved.whole_number(name, c[name])
         if not (1 <= c["code_dim"] <= 4096 and 2 <= c["codebook_size"] <= 1 << 18):
             raise ValueError(
                 f"a codebook of {c['codebook_size']} codes of width {c['code_dim']} is none that can be used"
@@ -126,40 +129,24 @@ class ImageSoftVQ(LatentPictures, TrainableTokenizer):
     def last_layer(self) -> Tensor:
         return self.decoder.last.weight
 
-    def synchronise(self, enabled: bool) -> None:
-        """Nothing here is learned but by gradients."""
-
-    def before_saving(self, pictures: Float[Tensor, "B 3 H W"]) -> None:
-        self.fit_normalizer(pictures)
-
-    # ---- identity, saving, loading -----------------------------------------------------------------------------------
-
-    def identity(self) -> str:
-        """Of encoder, codebook and normaliser: the decoder may be trained further."""
-        config = {name: value for name, value in self.config.items() if not name.startswith("decoder_")}
-        state = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("decoder.")}
-        return f"image_softvq-{saved.digest(config, state)}"
-
-    def save(self, path: str | Path) -> None:
-        """Write `config.json` and `model.safetensors` into the folder `path`, both or neither."""
-        self.weights_changed()
-        with safe_io.atomic_folder(path, last=saved.CONFIG) as folder:
-            saved.write(folder, FORMAT, self.config, self.state_dict(), self.fingerprint)
-
-    @classmethod
-    def from_directory(cls, path: str | Path) -> ImageSoftVQ:
-        """A saved tokenizer, in evaluation mode. Raises `ValueError` as the constructor does."""
-        return cls(pretrained=str(path))
-
     @classmethod
     def tiny(cls) -> ImageSoftVQ:
         """A small random tokenizer, for tests."""
         return cls(_Random())
 
 
+def _check_temperature(value: Any) -> None:
+    saved.number("the temperature of a soft codebook", value, 0)
+
+
 def _parts(vq: Any) -> tuple[dict[str, Any], dict[str, Tensor], str]:
-    """Settings, weights and fingerprint of an `ImageVQ`."""
-    return vq.config, dict(vq.state_dict()), vq.fingerprint
+    """Settings, weights and fingerprint of an `ImageVQ`. Raises `ValueError` for another module."""
+    config, fingerprint = getattr(vq, "config", None), getattr(vq, "fingerprint", None)
+    if not isinstance(config, dict) or "quantizer" not in config or not isinstance(fingerprint, str):
+        raise ValueError(
+            f"source must be an ImageVQ or the folder of one, got {type(vq).__name__}: give a VQ tokenizer"
+        )
+    return config, dict(vq.state_dict()), fingerprint
 
 
 class _Random(nn.Module):

@@ -9,9 +9,7 @@ Letters in shapes: B batch, H and W rows and columns of pixels, h and w of the g
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,17 +17,16 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mm import safe_io, saved
+from mm import saved
 from mm.autoencoder import BlockName, Decoder, Encoder, check_shape
-from mm.latent_pictures import LatentPictures
+from mm.latent_pictures import TrainedPictures, check_pack
 from mm.latents import Kind, LatentNormalizer
-from mm.trainable import Reconstruction, TrainableTokenizer
+from mm.trainable import Reconstruction
 
-FORMAT, WHAT = "mm.tokenizers.image_vae", "image autoencoder"
 MAX_CHANNELS = 256
 
 
-class ImageVAE(LatentPictures, TrainableTokenizer):
+class ImageVAE(TrainedPictures):
     """Convolutional picture tokenizer with vectors.
 
     Args:
@@ -51,6 +48,9 @@ class ImageVAE(LatentPictures, TrainableTokenizer):
     Raises:
         ValueError: sizes that do not fit each other, or a saved tokenizer that is missing, damaged or foreign.
     """
+
+    form, what = "mm.tokenizers.image_vae", "an image autoencoder"
+    inner = ("decoder_channels", "decoder_blocks", "kl", "noise")
 
     def __init__(
         self,
@@ -78,7 +78,7 @@ class ImageVAE(LatentPictures, TrainableTokenizer):
             latent=latent,
             patch=patch,
             channels=channels,
-            multipliers=list(multipliers),
+            multipliers=saved.as_list(multipliers),
             blocks=blocks,
             block=block,
             decoder_channels=decoder_channels or channels,
@@ -89,23 +89,22 @@ class ImageVAE(LatentPictures, TrainableTokenizer):
             normalizer=normalizer,
             noise=noise,
         )
-        directory = None if pretrained is None else saved.find(pretrained, WHAT)
-        if directory is not None:
-            config = saved.read(directory, FORMAT, config, f"an {WHAT}")
-        self.config = config
-        self._build(config)
-        if directory is not None:
-            self._load(directory)
+        if pretrained is not None:
+            self._restore(pretrained, config)
+        else:
+            self._build(config)
 
     def _build(self, c: dict[str, Any]) -> None:
         check_shape(c)
+        saved.whole_number("latent", c["latent"])
         if not 1 <= c["latent"] <= MAX_CHANNELS:
             raise ValueError(f"latent must be in 1..{MAX_CHANNELS}, got {c['latent']}")
         for name in ("kl", "noise"):
-            if not (math.isfinite(c[name]) and c[name] >= 0):
-                raise ValueError(f"{name} must be a number of at least 0, got {c[name]}")
+            saved.number(name, c[name], 0)
         if c["noise"] and c["normalizer"] != "token":
             raise ValueError(f"noise needs the normalizer token, got {c['noise']} with {c['normalizer']}")
+        check_pack(c["pack"])
+        self.config = c
         width = c["latent"] * c["pack"] ** 2
         self.fit_to(c["size"], c["downsample"], c["latent"], LatentNormalizer(c["normalizer"], width), c["pack"])
         shared: dict[str, Any] = dict(patch=c["patch"], attention_heads=c["attention_heads"], block=c["block"])
@@ -166,41 +165,9 @@ class ImageVAE(LatentPictures, TrainableTokenizer):
         outward.bias.copy_(centre)
         self.weights_changed()
 
-    def synchronise(self, enabled: bool) -> None:
-        """Nothing here is learned but by gradients."""
-
-    def before_saving(self, pictures: Float[Tensor, "B 3 H W"]) -> None:
-        self.fit_normalizer(pictures)
-
-    # ---- identity, saving, loading -----------------------------------------------------------------------------------
-
-    def identity(self) -> str:
-        """Of encoder and normaliser: a decoder that was trained further draws the same vectors better."""
-        inner = ("decoder_channels", "decoder_blocks", "kl", "noise")
-        config = {name: value for name, value in self.config.items() if name not in inner}
-        state = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("decoder.")}
-        return f"image_vae-{saved.digest(config, state)}"
-
-    def save(self, path: str | Path) -> None:
-        """Write `config.json` and `model.safetensors` into the folder `path`, both or neither."""
-        self.weights_changed()
-        with safe_io.atomic_folder(path, last=saved.CONFIG) as folder:
-            saved.write(folder, FORMAT, self.config, self.state_dict(), self.fingerprint)
-
-    @classmethod
-    def from_directory(cls, path: str | Path) -> ImageVAE:
-        """A saved tokenizer, in evaluation mode. Raises `ValueError` for files that are missing, damaged, of other shapes,
-        or not what was saved."""
-        return cls(pretrained=str(path))
-
     @classmethod
     def tiny(cls) -> ImageVAE:
         """A small random tokenizer whose normaliser is fitted, for tests."""
         tokenizer = cls(size=16, channels=8, latent=4)
         tokenizer.fit_normalizer(torch.rand(4, 3, 16, 16) * 2 - 1)
         return tokenizer.eval()
-
-    def _load(self, folder: Path) -> None:
-        self.load_state_dict(saved.read_weights(folder, self.state_dict()))
-        self.eval()
-        saved.check_whole(folder, self.fingerprint, self.config, self.state_dict())

@@ -14,8 +14,6 @@ Letters in shapes: B batch, H and W rows and columns of pixels, N embeddings, n 
 from __future__ import annotations
 
 import contextlib
-import math
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,12 +21,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mm import safe_io, saved
-from mm.latent_pictures import MAX_AXIS, LatentPictures
+from mm.latent_pictures import MAX_AXIS, TrainedPictures
 from mm.latents import Kind, LatentNormalizer
-from mm.trainable import Reconstruction, TrainableTokenizer
+from mm.trainable import Reconstruction
 from mm.vit import CausalResampler, PatchDecoder, vision_transformer
 
-FORMAT, WHAT = "mm.tokenizers.image_vit", "image embedder"
 LIMITS: dict[str, tuple[int, int]] = {
     "size": (1, 1024), "embeddings": (1, MAX_AXIS), "latent": (1, 1024),
     "encoder_patch": (0, 64), "encoder_width": (0, 4096), "encoder_depth": (0, 64), "encoder_heads": (0, 64),
@@ -40,7 +37,7 @@ UNUSED = ("head.", "attn_pool.")
 """What published weights of an encoder hold beyond the features."""
 
 
-class ImageViT(LatentPictures, TrainableTokenizer):
+class ImageViT(TrainedPictures):
     """Picture tokenizer with N vectors in causal order.
 
     Args:
@@ -65,6 +62,10 @@ class ImageViT(LatentPictures, TrainableTokenizer):
         ValueError: sizes that do not fit each other, an encoder that timm can't make or whose weights do not fit, or a saved
             tokenizer that is missing, damaged or foreign.
     """
+
+    form, what = "mm.tokenizers.image_vit", "an image embedder"
+    inner = ("decoder_patch", "decoder_width", "decoder_depth", "noise", "encoder_frozen")
+    spatial = False
 
     def __init__(
         self,
@@ -114,20 +115,16 @@ class ImageViT(LatentPictures, TrainableTokenizer):
             )
         if encoder_frozen and pretrained is None and encoder_weights is None:
             raise ValueError("encoder_frozen would keep random weights; give encoder_weights, or leave it out")
-        directory = None if pretrained is None else saved.find(pretrained, WHAT)
-        if directory is not None:
-            config = saved.read(directory, FORMAT, config, f"an {WHAT}")
-        self.config = config
+        if pretrained is not None:
+            self._restore(pretrained, config)
+            return
         self._build(config)
-        if directory is not None:
-            self._load(directory)
-        elif encoder_weights is not None:
+        if encoder_weights is not None:
             self._load_encoder(encoder_weights)
 
     def _build(self, c: dict[str, Any]) -> None:
         for name, (low, high) in LIMITS.items():
-            if isinstance(c[name], bool) or not isinstance(c[name], int) or not low <= c[name] <= high:
-                raise ValueError(f"{name} must be a whole number in {low}..{high}, got {c[name]!r:.60}")
+            saved.whole_number(name, c[name], low, high)
         for name, whole, part in (
             ("size", c["size"], "decoder_patch"),
             ("width", c["width"], "heads"),
@@ -138,10 +135,10 @@ class ImageViT(LatentPictures, TrainableTokenizer):
         if c["encoder_patch"] and c["size"] % c["encoder_patch"]:
             raise ValueError(f"size must be a multiple of encoder_patch ({c['encoder_patch']}), got {c['size']}")
         noise = c["noise"]
-        if isinstance(noise, bool) or not isinstance(noise, int | float) or not (math.isfinite(noise) and noise >= 0):
-            raise ValueError(f"noise must be a number of at least 0, got {noise!r:.60}")
+        saved.number("noise", noise, 0)
         if noise and c["normalizer"] != "token":
             raise ValueError(f"noise needs the normalizer token, got {noise} with {c['normalizer']}")
+        self.config = c
         # one latent is as large as the picture: the base class then takes pictures of the full size only
         self.fit_to(c["size"], c["size"], c["latent"], LatentNormalizer(c["normalizer"], c["latent"]))
         sizes = [c[f"encoder_{name}"] for name in ("patch", "width", "depth", "heads")]
@@ -186,28 +183,9 @@ class ImageViT(LatentPictures, TrainableTokenizer):
     def last_layer(self) -> Tensor:
         return self.decoder.last.weight
 
-    def synchronise(self, enabled: bool) -> None:
-        """Nothing here is learned but by gradients."""
-
-    def before_saving(self, pictures: Float[Tensor, "B 3 H W"]) -> None:
-        self.fit_normalizer(pictures)
-
-    # ---- a sequence instead of a map ---------------------------------------------------------------------------------
-
-    spatial = False
-
     @property
     def largest(self) -> tuple[int, int]:
         return 1, self.config["embeddings"]
-
-    # ---- identity, saving, loading -----------------------------------------------------------------------------------
-
-    def identity(self) -> str:
-        """Of encoder, causal transformer and normaliser: a decoder that was trained further draws the same vectors better."""
-        inner = ("decoder_patch", "decoder_width", "decoder_depth", "noise", "encoder_frozen")
-        config = {name: value for name, value in self.config.items() if name not in inner}
-        state = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("decoder.")}
-        return f"image_vit-{saved.digest(config, state)}"
 
     def train(self, mode: bool = True) -> Any:
         super().train(mode)
@@ -215,28 +193,11 @@ class ImageViT(LatentPictures, TrainableTokenizer):
             self.encoder.eval()
         return self
 
-    def save(self, path: str | Path) -> None:
-        """Write `config.json` and `model.safetensors` into the folder `path`, both or neither."""
-        self.weights_changed()
-        with safe_io.atomic_folder(path, last=saved.CONFIG) as folder:
-            saved.write(folder, FORMAT, self.config, self.state_dict(), self.fingerprint)
-
-    @classmethod
-    def from_directory(cls, path: str | Path) -> ImageViT:
-        """A saved tokenizer, in evaluation mode. Raises `ValueError` for files that are missing, damaged, of other shapes,
-        or not what was saved."""
-        return cls(pretrained=str(path))
-
     @classmethod
     def tiny(cls) -> ImageViT:
         """A small random tokenizer, for tests."""
         small: dict[str, Any] = dict(encoder_width=16, encoder_depth=1, encoder_heads=2, width=16, depth=2, heads=2)
         return cls(size=16, embeddings=6, latent=8, decoder_depth=1, **small).eval()
-
-    def _load(self, folder: Path) -> None:
-        self.load_state_dict(saved.read_weights(folder, self.state_dict()))
-        self.eval()
-        saved.check_whole(folder, self.fingerprint, self.config, self.state_dict())
 
     def _load_encoder(self, path: str) -> None:
         found = safe_io.read_tensors(path, max_bytes=saved.MAX_WEIGHT_BYTES)

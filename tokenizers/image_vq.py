@@ -9,6 +9,7 @@ Letters in shapes: B batch, H and W rows and columns of pixels, h and w of the t
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -80,7 +81,7 @@ class ImageVQ(TrainableTokenizer):
             downsample=downsample,
             patch=patch,
             channels=channels,
-            multipliers=list(multipliers),
+            multipliers=saved.as_list(multipliers),
             blocks=blocks,
             block=block,
             decoder_channels=decoder_channels or channels,
@@ -89,7 +90,7 @@ class ImageVQ(TrainableTokenizer):
             quantizer=quantizer,
             codebook_size=codebook_size,
             code_dim=code_dim,
-            levels=list(levels),
+            levels=saved.as_list(levels),
             num_codes=num_codes,
             decay=decay,
             dead_below=dead_below,
@@ -100,13 +101,19 @@ class ImageVQ(TrainableTokenizer):
         if directory is not None:
             config = settings.read(directory, config)
         self.config = config
-        self._build(config)
+        with contextlib.nullcontext() if directory is None else saved.building(directory):
+            self._build(config)
         self._fingerprint: str | None = None
         if directory is not None:
             self._load(directory)
 
     def _build(self, c: dict[str, Any]) -> None:
         check_shape(c)
+        for name in ("codebook_size", "code_dim", "num_codes"):
+            saved.whole_number(name, c[name])
+        for name in ("decay", "dead_below", "commitment", "entropy"):
+            saved.number(name, c[name])
+        saved.whole_numbers("levels", c["levels"])
         self.size, self.downsample = c["size"], c["downsample"]
         self.quantizer = Quantizer(
             c["quantizer"],
@@ -231,7 +238,8 @@ class ImageVQ(TrainableTokenizer):
     def fingerprint(self) -> str:
         """Says what an id means: a hash of encoder and quantiser, their settings and weights. A decoder that was trained
         further draws the same ids better, so models and caches made with the old one still fit. Computed once, then kept
-        until the weights change (`train`, `load_state_dict` and `weights_changed` forget it)."""
+        until the weights change (`train`, `load_state_dict`, `to`, also of a module around it, and `weights_changed`
+        forget it)."""
         if self._fingerprint is None:
             config = {name: value for name, value in self.config.items() if not name.startswith("decoder_")}
             state = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("decoder.")}
@@ -247,9 +255,13 @@ class ImageVQ(TrainableTokenizer):
         super().train(mode)
         return self
 
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._fingerprint = None  # here and not in load_state_dict, which a module around this one doesn't call
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self._fingerprint = None
-        return super().load_state_dict(*args, **kwargs)
+        return super()._apply(*args, **kwargs)
 
     def save(self, path: str | Path) -> None:
         """Write `config.json` and `model.safetensors` into the folder `path`, both or neither."""

@@ -13,6 +13,7 @@ training sentences, or of the bank.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -59,8 +60,9 @@ class TextConcepts(TrainableConcepts):
         pretrained: a directory that `save` wrote. What it says replaces every other argument.
 
     Raises:
-        ValueError: sizes out of range, an encoder without bank or that can't be loaded, or a saved tokenizer that is
-            missing, damaged or foreign.
+        ValueError: sizes out of range, a bank with a sentence that the autoencoder can't read since it is longer than
+            `max_bytes`, an encoder without bank or that can't be loaded, or a saved tokenizer that is missing, damaged or
+            foreign.
     """
 
     _fingerprint: str | None
@@ -93,9 +95,11 @@ class TextConcepts(TrainableConcepts):
         )
         merges: list[list[str]] = []
         bank = settings.check_bank(bank or [])
-        if pretrained is not None:
-            config, merges, bank = settings.read(saved.find(pretrained, "tokenizer of sentences"), config)
+        folder = None if pretrained is None else saved.find(pretrained, "tokenizer of sentences")
+        if folder is not None:
+            config, merges, bank = settings.read(folder, config)
         settings.check(config)
+        settings.check_lengths(bank, config)
         self.borrowed = BorrowedEncoder(config["encoder"]) if config["encoder"] else None
         if self.borrowed is not None:
             if not bank:
@@ -107,11 +111,12 @@ class TextConcepts(TrainableConcepts):
         if self.borrowed is None:
             sizes = (config["vocab_size"], config["max_bytes"] + 1, config["dim"])
             shape = (config["width"], config["layers"], config["heads"])
-            self.encoder, self.decoder = SentenceEncoder(*sizes, *shape), SentenceDecoder(*sizes, *shape)
+            with contextlib.nullcontext() if folder is None else saved.building(folder):
+                self.encoder, self.decoder = SentenceEncoder(*sizes, *shape), SentenceDecoder(*sizes, *shape)
         self.normalizer = LatentNormalizer("robust", config["dim"])
         self.weights_changed()
-        if pretrained is not None:
-            self._load(saved.find(pretrained, "tokenizer of sentences"))
+        if folder is not None:
+            self._load(folder)
         elif self.borrowed is not None:
             self.normalizer.fit(self._vectors(bank))
 
@@ -216,9 +221,13 @@ class TextConcepts(TrainableConcepts):
         super().train(mode)
         return self
 
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.weights_changed()  # here and not in load_state_dict, which a module around this one doesn't call
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self.weights_changed()
-        return super().load_state_dict(*args, **kwargs)
+        return super()._apply(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_known": {}}  # workers of a data loader make their own

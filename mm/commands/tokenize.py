@@ -80,7 +80,7 @@ def find(name: str, is_text: bool) -> ModalityTokenizer:
         return cls.from_directory(folder)
     if name in plugins.available("tokenizers"):
         cls = plugins.load("tokenizers", name)
-        if issubclass(cls, nn.Module):
+        if issubclass(cls, nn.Module) and not getattr(cls, "ready_made", False):
             raise ValueError(f"{name!r} has to be trained; give its folder as {name}:FOLDER")
         return cls()
     path = Path(name)
