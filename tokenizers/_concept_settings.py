@@ -28,9 +28,7 @@ BOUNDS = {
 def check(c: dict[str, Any]) -> None:
     """Raises `ValueError` for sizes out of range or that do not fit each other."""
     for name, (least, most) in BOUNDS.items():
-        value = c[name]
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-            raise ValueError(f"{name} must be a whole number from {least} to {most}, got {str(value)[:60]!r}")
+        saved.whole_number(name, c[name], least, most)
     if c["width"] % c["heads"]:
         raise ValueError(f"width must be a multiple of heads, got {c['width']} and {c['heads']}")
 

@@ -42,10 +42,13 @@ class ImageKL(LatentPictures):
     ) -> None:
         super().__init__()
         if isinstance(path, str | Path):
-            config, settings = load_config(str(path)), _settings(str(path))
-            network: Any = load_network(str(path), _build)
+            path = str(path)
+            config, settings = load_config(path), _settings(path)
+            network: Any = load_network(path, _build)
         else:
-            if not isinstance(path, torch.nn.Module) or not hasattr(getattr(path, "config", None), "latent_channels"):
+            held = getattr(path, "config", None)
+            known = hasattr(held, "latent_channels") and hasattr(held, "block_out_channels")
+            if not isinstance(path, torch.nn.Module) or not known:
                 raise ValueError(
                     f"expected the folder of a VAE (str or Path) or a diffusers.AutoencoderKL, got {type(path).__name__}: "
                     "give one of them"
