@@ -16,7 +16,7 @@ PALETTE = [
     "--model.init_args.modalities.tokenizer=mm.testing.Palette",
     "--model.init_args.modalities.tokenizer.init_args.side=4",
 ]
-UNTRAINED = {"fluid", "mar", "mmar", "nextstep", "transfusion", "vl_gpt"}
+UNTRAINED = {"fluid", "mar", "mmar", "nextstep", "transfusion", "vl_gpt", "orthus"}
 """Systems whose tokenizer needs no training, and is used as it is."""
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
 
