@@ -148,7 +148,8 @@ class VQAdapter(ModalityTokenizer, nn.Module):
         if self._fingerprint is None or self._fingerprint[0] != key:
             digest = hashlib.sha256(json.dumps([type(self).__name__, self.mean, self.std]).encode())
             for name, tensor in sorted(state.items()):
-                values = tensor.detach().cpu().contiguous()
+                # as it is read again, in float32, whatever type it was converted to
+                values = (tensor.float() if tensor.is_floating_point() else tensor).detach().cpu().contiguous()
                 digest.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
                 digest.update(values.reshape(-1).view(torch.uint8).numpy())
             self._fingerprint = (key, digest.hexdigest()[:16])

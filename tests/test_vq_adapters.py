@@ -278,3 +278,10 @@ def test_weights_of_something_else(folder: Path) -> None:
 def test_tensors_that_are_no_pictures(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="expected"):
         tiny("image_janus").encode(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_converted_adapter_is_read_again(name: str, tmp_path: Path) -> None:
+    tokenizer = tiny(name).to(torch.bfloat16)
+    tokenizer.save(tmp_path / "saved")
+    assert type(tokenizer).from_directory(tmp_path / "saved").fingerprint == tokenizer.fingerprint
