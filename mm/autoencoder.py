@@ -14,6 +14,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -80,6 +81,18 @@ class SpatialAttention(nn.Module):
         q, k, v = qkv.transpose(-1, -2).unbind(1)
         h = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(batch, channels, rows, columns)
         return x + self.out(h)
+
+
+def principal_components(
+    x: Float[Tensor, "B 3 H W"], side: int, most: int
+) -> tuple[Float[Tensor, " P"], Float[Tensor, "K P"], Float[Tensor, " K"]]:
+    """Of squares of side×side pixels as vectors (P = 3·side²): their mean, the K = min(most, P) axes of largest spread, and the
+    deviation along each."""
+    squares = F.pixel_unshuffle(x.float(), side).permute(0, 2, 3, 1).reshape(-1, 3 * side * side)
+    kept = min(most, squares.shape[1])
+    centre = squares.mean(0)
+    variance, axes = torch.linalg.eigh((squares - centre).T @ (squares - centre) / len(squares))
+    return centre, axes.flip(1)[:, :kept].T, variance.flip(0)[:kept].clamp_min(1e-8).sqrt()
 
 
 BLOCKS = {"residual": ResidualBlock, "separable": SeparableBlock}

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from mm.interfaces import ModalityTokenizer
 from mm.latents import LatentNormalizer
+from mm.saved import Fingerprinted
 
 BOUNDARY = re.compile(r"(?<=[.!?…])\s+|\s*\n\s*")
 EPS = 1e-5
@@ -232,7 +233,7 @@ class _Block(nn.Module):
 # --- contracts --------------------------------------------------------------------------------------------------------
 
 
-class TrainableConcepts(ModalityTokenizer, nn.Module):
+class TrainableConcepts(ModalityTokenizer, Fingerprinted):
     """What `mm.concepts_training` trains: a tokenizer of sentences with networks of its own."""
 
     subwords: Subwords
@@ -248,10 +249,6 @@ class TrainableConcepts(ModalityTokenizer, nn.Module):
     @abc.abstractmethod
     def split(self, text: str) -> list[str]:
         """Sentences of a text as `encode` cuts them."""
-
-    @abc.abstractmethod
-    def weights_changed(self) -> None:
-        """Forget what is cached of the weights."""
 
     @abc.abstractmethod
     def save(self, path: str | Path) -> None:

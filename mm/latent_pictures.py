@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from mm import pictures, safe_io, saved
 from mm.interfaces import Decoded, Encoded, ModalityTokenizer, Spec
@@ -35,7 +35,7 @@ def check_pack(pack: Any) -> None:
     saved.whole_number("pack", pack, 1, MAX_PACK)
 
 
-class LatentPictures(ModalityTokenizer, nn.Module):
+class LatentPictures(ModalityTokenizer, saved.Fingerprinted):
     """Pictures ↔ vectors, by a network that a subclass brings as `latents` and `pixels`. A subclass's constructor calls
     `fit_to` once it knows its sizes.
 
@@ -57,7 +57,6 @@ class LatentPictures(ModalityTokenizer, nn.Module):
             )
         self.size, self.downsample, self.channels, self.pack = size, downsample, channels, pack
         self.normalizer = normalizer
-        self._fingerprint: str | None = None
 
     # --- what a tokenizer file implements -----------------------------------------------------------------------------
 
@@ -176,23 +175,6 @@ class LatentPictures(ModalityTokenizer, nn.Module):
 
     # --- helpers ------------------------------------------------------------------------------------------------------
 
-    def weights_changed(self) -> None:
-        """Forget what is cached of the weights."""
-        self._fingerprint = None
-
-    def train(self, mode: bool = True) -> Any:
-        if mode:
-            self._fingerprint = None
-        return super().train(mode)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._fingerprint = None  # here and not in load_state_dict, which a module around this one doesn't call
-        super()._load_from_state_dict(*args, **kwargs)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        self._fingerprint = None  # of `to`, `half` and the like: another type rounds the weights
-        return super()._apply(*args, **kwargs)
-
     def _like(self) -> Tensor:
         return next(self.parameters())
 
@@ -284,6 +266,13 @@ class TrainedPictures(LatentPictures, TrainableTokenizer):
         """A saved tokenizer, in evaluation mode. Raises `ValueError` for files that are missing, damaged, of other shapes,
         or not what was saved."""
         return cls(pretrained=str(path))
+
+    def roughened(self, rows: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+        """In training, normalised vectors with noise: γ·ε, γ drawn from 0 … `noise` for each picture."""
+        if not (self.training and self.config["noise"]):
+            return rows
+        amount = torch.rand(len(rows), 1, 1, device=rows.device) * self.config["noise"]
+        return rows + amount * torch.randn_like(rows)
 
     def synchronise(self, enabled: bool) -> None:
         """Nothing here is learned but by gradients."""

@@ -15,10 +15,10 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from mm import safe_io
@@ -167,6 +167,33 @@ def _stored(tensor: Tensor) -> Tensor:
     """On the CPU; floating-point numbers as float32, which holds those of the 16-bit types exactly."""
     tensor = tensor.detach().cpu()
     return tensor.float() if tensor.is_floating_point() else tensor
+
+
+# --- identity -------------------------------------------------------------------------------------------------------
+
+
+class Fingerprinted(nn.Module):
+    """A module that may keep what it found out about its weights (a hash, vectors) until they change: `weights_changed` is
+    called in training, and when weights are loaded or converted, also by a module around it."""
+
+    _fingerprint: str | None = None
+
+    def weights_changed(self) -> None:
+        """Forget what is cached of the weights."""
+        self._fingerprint = None
+
+    def train(self, mode: bool = True) -> Self:
+        if mode:
+            self.weights_changed()
+        return super().train(mode)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.weights_changed()  # here and not in load_state_dict, which a module around this one doesn't call
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self.weights_changed()  # of `to`, `half` and the like: another type rounds the weights
+        return super()._apply(*args, **kwargs)
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------

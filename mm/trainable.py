@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from mm.interfaces import ModalityTokenizer
+from mm.saved import Fingerprinted
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Reconstruction:
     """The bottleneck's own losses (of a quantiser, or a divergence), already weighted."""
 
 
-class TrainableTokenizer(ModalityTokenizer, nn.Module):
+class TrainableTokenizer(ModalityTokenizer, Fingerprinted):
     """A tokenizer with weights that are learned from data."""
 
     @abc.abstractmethod
@@ -45,10 +46,6 @@ class TrainableTokenizer(ModalityTokenizer, nn.Module):
     @abc.abstractmethod
     def synchronise(self, enabled: bool) -> None:
         """Keep state that is not learned by gradients (codebooks) equal over the ranks of the process group."""
-
-    @abc.abstractmethod
-    def weights_changed(self) -> None:
-        """Forget what is cached of the weights (the fingerprint)."""
 
     @abc.abstractmethod
     def save(self, path: str | Path) -> None:

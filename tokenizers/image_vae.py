@@ -13,12 +13,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from mm import saved
-from mm.autoencoder import BlockName, Decoder, Encoder, check_shape
+from mm.autoencoder import BlockName, Decoder, Encoder, check_shape, principal_components
 from mm.latent_pictures import TrainedPictures, check_pack
 from mm.latents import Kind, LatentNormalizer
 from mm.trainable import Reconstruction
@@ -132,11 +131,7 @@ class ImageVAE(TrainedPictures):
         z = mean + (0.5 * log_variance).exp() * torch.randn_like(mean) if self.training else mean
         if self.normalizer.kind == "token":
             grid, rows = self.rows(z)
-            rows = self.normalizer(rows)
-            if self.training and self.config["noise"]:
-                amount = torch.rand(len(rows), 1, 1, device=rows.device) * self.config["noise"]
-                rows = rows + amount * torch.randn_like(rows)
-            z = self.map(rows, grid)
+            z = self.map(self.roughened(self.normalizer(rows)), grid)
         return Reconstruction(self.decoder(z), None, self.config["kl"] * divergence)
 
     def last_layer(self) -> Tensor:
@@ -146,12 +141,9 @@ class ImageVAE(TrainedPictures):
     def warm_start(self, x: Float[Tensor, "B 3 H W"]) -> None:
         """Begin as the best linear code of single squares of pixels: their principal components, each scaled to unit
         variance, which is also what the divergence asks for. The networks begin at zero."""
-        f, latent = self.downsample, self.config["latent"]
-        squares = F.pixel_unshuffle(x.float(), f).permute(0, 2, 3, 1).reshape(-1, 3 * f * f)
-        kept = min(latent, squares.shape[1])
-        centre = squares.mean(0)
-        variance, axes = torch.linalg.eigh((squares - centre).T @ (squares - centre) / len(squares))
-        axes, spread = axes.flip(1)[:, :kept].T, variance.flip(0)[:kept].clamp_min(1e-8).sqrt()
+        latent = self.config["latent"]
+        centre, axes, spread = principal_components(x, self.downsample, latent)
+        kept = len(axes)
         inward, outward = self.encoder.linear[1], self.decoder.linear[0]
         assert isinstance(inward, nn.Conv2d) and isinstance(outward, nn.Conv2d)
         assert inward.bias is not None and outward.bias is not None

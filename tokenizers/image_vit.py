@@ -173,10 +173,7 @@ class ImageViT(TrainedPictures):
     def reconstruct(self, batch: Float[Tensor, "B 3 H W"]) -> Reconstruction:
         rows = self.embeddings(batch)
         if self.normalizer.kind == "token":
-            rows = self.normalizer(rows)
-            if self.training and self.config["noise"]:
-                amount = torch.rand(len(rows), 1, 1, device=rows.device) * self.config["noise"]
-                rows = rows + amount * torch.randn_like(rows)
+            rows = self.roughened(self.normalizer(rows))
         output = self.decoder(rows)
         return Reconstruction(output, None, output.new_zeros(()))
 

@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor, nn
 
 from mm import pictures, safe_io, saved
-from mm.autoencoder import BlockName, Decoder, Encoder, check_shape
+from mm.autoencoder import BlockName, Decoder, Encoder, check_shape, principal_components
 from mm.interfaces import Decoded, Encoded, Spec
 from mm.quantizers import Quantizer, QuantizerName
 from mm.tokenizers import _image_vq_settings as settings
@@ -103,7 +102,6 @@ class ImageVQ(TrainableTokenizer):
         self.config = config
         with contextlib.nullcontext() if directory is None else saved.building(directory):
             self._build(config)
-        self._fingerprint: str | None = None
         if directory is not None:
             self._load(directory)
 
@@ -208,12 +206,8 @@ class ImageVQ(TrainableTokenizer):
         """Begin as the best code of single squares of pixels: principal components as the linear maps of encoder and
         decoder, k-means as the codebook of `vq`. The networks begin at zero, so this is exactly what training improves.
         """
-        f = self.downsample
-        squares = F.pixel_unshuffle(x.float(), f).permute(0, 2, 3, 1).reshape(-1, 3 * f * f)
-        kept = min(self.quantizer.dim, squares.shape[1])
-        centre = squares.mean(0)
-        variance, axes = torch.linalg.eigh((squares - centre).T @ (squares - centre) / len(squares))
-        axes, spread = axes.flip(1)[:, :kept].T, variance.flip(0)[:kept].clamp_min(1e-8).sqrt()
+        centre, axes, spread = principal_components(x, self.downsample, self.quantizer.dim)
+        kept = len(axes)
         # One scale for all keeps distances those of pixels; quantisers with fixed levels need each channel filled.
         scale = spread[:1].expand(kept) if self.quantizer.codebooks() else spread
         inward, outward = self.encoder.linear[1], self.decoder.linear[0]
@@ -245,23 +239,6 @@ class ImageVQ(TrainableTokenizer):
             state = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("decoder.")}
             self._fingerprint = f"image_vq-{saved.digest(config, state)}"
         return self._fingerprint
-
-    def weights_changed(self) -> None:
-        self._fingerprint = None
-
-    def train(self, mode: bool = True) -> ImageVQ:
-        if mode:
-            self._fingerprint = None
-        super().train(mode)
-        return self
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._fingerprint = None  # here and not in load_state_dict, which a module around this one doesn't call
-        super()._load_from_state_dict(*args, **kwargs)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        self._fingerprint = None
-        return super()._apply(*args, **kwargs)
 
     def save(self, path: str | Path) -> None:
         """Write `config.json` and `model.safetensors` into the folder `path`, both or neither."""

@@ -215,20 +215,6 @@ class TextConcepts(TrainableConcepts):
     def weights_changed(self) -> None:
         self._fingerprint, self._known, self._bank_vectors = None, {}, None
 
-    def train(self, mode: bool = True) -> TextConcepts:
-        if mode:
-            self.weights_changed()
-        super().train(mode)
-        return self
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.weights_changed()  # here and not in load_state_dict, which a module around this one doesn't call
-        super()._load_from_state_dict(*args, **kwargs)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        self.weights_changed()
-        return super()._apply(*args, **kwargs)
-
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_known": {}}  # workers of a data loader make their own
 
