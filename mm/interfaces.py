@@ -42,6 +42,10 @@ class Spec:
     length closed by its end token (text, file bytes)."""
     spatial: bool = True
     """Whether an element stands for the place that its grid says, so that a part of the raw data is a part of the grid."""
+    sample_rate: int = 0
+    """Samples a second of the sound that elements stand for; 0: it isn't sound."""
+    frame_rate: float = 0.0
+    """Elements a second of a tokenizer of sound."""
     fingerprint: str = ""
     """Changes whenever the meaning of a token changes (weights, tables, version); checked against checkpoints and caches."""
 
