@@ -268,6 +268,9 @@ class Order(Configured, abc.ABC):
     """When each element of an item is generated. Training layout and generation plan live in one class."""
 
     default_steps: int = 0
+    along: bool = False
+    """Whether a list (one axis) that comes right after a text runs along it: its elements' rotary coordinates are spread over
+    the text's, so that they say how far the text has come, and the list's extent how fast (ARDiT, section 3.2)."""
 
     @abc.abstractmethod
     def layout(self, encoded: Encoded, *, context: bool, rng: torch.Generator) -> Layout:

@@ -3,6 +3,8 @@
 A document is `bos`, its segments, `eos`. A host segment (text) is its elements. Any other segment is an item: begin, the
 extent of each axis, the elements as the item's order lays them out, end. Rotary coordinates run on from segment to segment: an
 item with axes starts at the cursor on all three, and what follows continues after its largest coordinate (as in Qwen2-VL).
+Where an item runs along the text before it (`Order.along`), its N elements stand at start + i·η with η = elements of the text / N
+(ARDiT, section 3.2), and what follows continues after the item's opening.
 """
 
 from __future__ import annotations
@@ -14,11 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mm.interfaces import Encoded, Layout, Modality
+from mm.interfaces import Encoded, Layout, Modality, Order
 from mm.stream import Placed, TokenStream
 from mm.vocabulary import Vocabulary
 
 NULL = "null"
+Span = tuple[float, int]
+"""Where a text begins on the rotary axes, and how many elements it has."""
+
+
+def stretch(order: Order, grid: Sequence[int], cursor: float, span: Span | None) -> tuple[float, float]:
+    """Where an item begins on the rotary axes, and how far apart its elements stand: 1, unless it runs along the text before."""
+    if not order.along or span is None or len(grid) != 1 or not grid[0] or not span[1]:
+        return cursor, 1.0
+    return span[0], span[1] / grid[0]
 
 
 @dataclass(frozen=True)
@@ -58,11 +69,16 @@ class DocumentBuilder:
 
     def __call__(self, document: Sequence[Segment], rng: torch.Generator, *, close: bool = True) -> TokenStream:
         """The stream of one document. `close=False` leaves out `eos` (a prompt to be continued)."""
-        draft = _Draft(self.vocabulary)
+        return self.draft(document, rng, close=close).stream()
+
+    def draft(self, document: Sequence[Segment], rng: torch.Generator, *, close: bool = True) -> Draft:
+        """The document's positions before they become a stream."""
+        draft = Draft(self.vocabulary)
         draft.controls([self.vocabulary.control("bos")], 0.0)
         for segment in document:
             if segment.modality == NULL:
                 draft.controls([self.vocabulary.control("null")], 0.0)
+                draft.span = None
                 continue
             entry = self.vocabulary[segment.modality]
             number = self.vocabulary.index[segment.modality]
@@ -74,18 +90,20 @@ class DocumentBuilder:
             if number:
                 draft.controls(self.vocabulary.opening(entry.name, encoded.grid), host_weight)
             layout = modality.order.layout(encoded, context=not segment.loss, rng=rng)
-            draft.item(number, encoded.content, layout, modality.weight if segment.loss else 0.0)
+            place = stretch(modality.order, encoded.grid, draft.cursor, draft.span) if number else (draft.cursor, 1.0)
+            draft.span = None if number else (draft.cursor, len(encoded))
+            draft.item(number, encoded.content, layout, modality.weight if segment.loss else 0.0, *place)
             if number:
                 draft.controls([self.vocabulary.end(entry.name)], host_weight)
         if close:
             learned = bool(document) and document[-1].loss and document[-1].modality != NULL
             draft.controls([self.vocabulary.control("eos")], self.modalities[0].weight if learned else 0.0)
-        return draft.stream()
+        return draft
 
 
-class _Draft:
-    """Positions of one document while it is being laid out. `predictor` is the position whose hidden state predicts what comes
-    next, or −1 where nothing does (after a masked picture)."""
+class Draft:
+    """Positions of one document while it is being laid out. `span` is the text that was just laid out, if any; `predictor` is
+    the position whose hidden state predicts what comes next, or −1 where nothing does (after a masked picture)."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.vocabulary = vocabulary
@@ -94,6 +112,7 @@ class _Draft:
         self.records: dict[str, dict[str, list[tuple[Tensor, Tensor]]]] = {"codes": {}, "latents": {}, "inject": {}}
         self.length = self.order = 0
         self.cursor = 0.0
+        self.span: Span | None = None
         self.predictor = -1
 
     def controls(self, ids: Sequence[int], weight: float) -> None:
@@ -117,7 +136,8 @@ class _Draft:
         self.order += count
         self.cursor += count
 
-    def item(self, number: int, content: Tensor, layout: Layout, weight: float) -> None:
+    def item(self, number: int, content: Tensor, layout: Layout, weight: float, start: float, rate: float) -> None:
+        """The elements of one item, `rate` apart from `start` on (rotary coordinates)."""
         count = len(layout.element)
         if not count:
             return
@@ -145,7 +165,7 @@ class _Draft:
             ids=ids,
             order=self.order + layout.order,
             copy=layout.copy,
-            position=self.cursor + layout.position,
+            position=start + rate * layout.position,
             time=layout.time,
             target=torch.where(inside, layout.target + self.length, -1),
             weight=torch.where(inside, weight, 0.0),
@@ -154,7 +174,8 @@ class _Draft:
         self.predictor = self.length + int(leaving[0]) if len(leaving) else -1
         self.length += count
         self.order += int(layout.order.max()) + 1
-        self.cursor += float(layout.position.max()) + 1.0
+        if start == self.cursor:
+            self.cursor += float(layout.position.max()) + 1.0
 
     def _append(self, **values: Tensor) -> None:
         for name, value in values.items():

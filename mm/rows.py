@@ -89,14 +89,15 @@ class Row:
 
     def _prompt(self) -> None:
         given = [replace(segment, loss=False) for segment in self.request.prompt]  # clean, whatever the default
-        stream = self.model.build_document(given, torch.Generator().manual_seed(0), close=False)
+        draft = self.model.build_document.draft(given, torch.Generator().manual_seed(0), close=False)
+        stream = draft.stream()
         if len(stream) > self.model.context:
             raise ValueError(
                 f"the prompt takes {len(stream)} positions, but the context holds {self.model.context}; shorten the prompt"
             )
         if stream.codes:
             raise ValueError("prompts with sub-codes are not supported by this engine yet")
-        self.main.given(stream)
+        self.main.given(draft)
 
     # --- the state machine --------------------------------------------------------------------------------------------
 
@@ -144,7 +145,7 @@ class Row:
         for branch, context in enumerate(contexts, 1):
             twin = Track(self.number, branch)
             document = [Segment(NULL, None, loss=False), *context]
-            twin.given(self.model.build_document(document, torch.Generator().manual_seed(0), close=False))
+            twin.given(self.model.build_document.draft(document, torch.Generator().manual_seed(0), close=False))
             self.twins.append(twin)
 
     def _extents(self, ids: Sequence[int]) -> None:
@@ -157,6 +158,8 @@ class Row:
         dim, sampling = modality.tokenizer.spec.dim, self._sampling(modality.name)
         self.session = modality.order.session(self.grid, sampling, self.generator, known, dim)
         self.places = coordinates(self.grid).tolist()
+        for track in self._tracks():
+            track.enter(modality.order, self.grid)
         self.state, self.head, self.fed, self.orders = "item", self.item, 0, 0
         self._settle()
         self.proposal = self.session.propose()
@@ -295,6 +298,8 @@ class Row:
     def _accept_text(self, token: int) -> None:
         if token < self.vocabulary.host.size:
             self.text.append(token)
+            start = self.main.span[0] if self.main.span and len(self.text) > 1 else self.main.cursor
+            self.main.span = (start, len(self.text))
             self.main.controls([token])
             done = len(self.text) / max(1, self.request.max_tokens)
             self.news = (self.vocabulary.host.name, partial(torch.tensor, self.text), done)

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mm.interfaces import Layout
-from mm.stream import Placed, TokenStream
+from mm.interfaces import Layout, Order
+from mm.layout import Draft, Span, stretch
+from mm.stream import Placed
 
 if TYPE_CHECKING:
     from mm.vocabulary import Entry
@@ -55,6 +56,10 @@ class Track:
     def __init__(self, row: int, branch: int = 0) -> None:
         self.row, self.branch = row, branch
         self.order, self.cursor, self.length = 0, 0.0, 0
+        self.span: Span | None = None
+        """The text that has just been fed, if any."""
+        self.start, self.rate = 0.0, 1.0
+        """Where the open item begins on the rotary axes, and how far apart its elements stand."""
         self.fresh = True
         self._clear()
 
@@ -79,14 +84,15 @@ class Track:
 
     def element(self, entry: Entry, number: int, token: Tensor, offset: int, coordinate: Sequence[float]) -> None:
         """One element of an open item; `order` and `cursor` stay at the item's beginning until `leave`."""
-        c = self.cursor
+        c, rate = self.start, self.rate
         if entry.kind == "continuous":
             self.record("latents", entry.name, token, len(self.ids))
-        place = (c + coordinate[0], c + coordinate[1], c + coordinate[2])
+        place = (c + rate * coordinate[0], c + rate * coordinate[1], c + rate * coordinate[2])
         self._push(number, global_id(entry, token), self.order + offset, place)
 
-    def given(self, stream: TokenStream) -> None:
+    def given(self, draft: Draft) -> None:
         """Begin with a document's positions."""
+        stream, self.span = draft.stream(), draft.span
         self.modality, self.ids, self.orders = stream.modality.tolist(), stream.ids.tolist(), stream.order.tolist()
         self.position = [(a, b, c) for a, b, c in stream.position.tolist()]
         for kind in ("latents", "inject"):
@@ -95,9 +101,15 @@ class Track:
         self.length = len(stream)
         self.order, self.cursor = max(self.orders) + 1, float(stream.position.max()) + 1.0
 
+    def enter(self, order: Order, grid: Sequence[int]) -> None:
+        """An item's elements come next."""
+        self.start, self.rate = stretch(order, grid, self.cursor, self.span)
+        self.span = None
+
     def leave(self, orders: int, extent: float) -> None:
         self.order += orders
-        self.cursor += extent
+        if self.start == self.cursor:
+            self.cursor += extent
 
     def _push(self, number: int, token: int, order: int, position: tuple[float, float, float]) -> None:
         self.modality.append(number)
@@ -139,7 +151,7 @@ class Track:
             ids=ids,
             order=(layout.order + self.order).tolist(),
             copy=layout.copy.tolist(),
-            position=(layout.position + self.cursor).tolist(),
+            position=(self.start + self.rate * layout.position).tolist(),
             time=layout.time,
             records=records,
             keep=False,

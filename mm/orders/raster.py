@@ -14,10 +14,10 @@ from mm.interfaces import Encoded, Layout, Order, Proposal, Sampling, Session
 
 class Raster(Order):
     """x1 … xn in storage order, causal. `prefix=True` gives the elements of a *context* item one order, so that they see each
-    other (prefix-LM: Parti's bidirectional prompt); items to be learned stay causal."""
+    other (prefix-LM: Parti's bidirectional prompt); items to be learned stay causal. `along`: as `Order.along`."""
 
-    def __init__(self, prefix: bool = False) -> None:
-        self.prefix = prefix
+    def __init__(self, prefix: bool = False, along: bool = False) -> None:
+        self.prefix, self.along = prefix, along
 
     def layout(self, encoded: Encoded, *, context: bool, rng: torch.Generator) -> Layout:
         count = len(encoded)
