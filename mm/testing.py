@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from mm.attention import Packed
+from mm.audio import Audio
 from mm.backbone import BackboneConfig
 from mm.cache import Chunk, KVCache
 from mm.generation import Engine, Request, assemble
@@ -48,6 +49,38 @@ class Palette(ModalityTokenizer):
         bits = (encoded.ids[:, None] // torch.tensor([4, 2, 1])) % 2
         pixels = (bits * 255).to(torch.uint8).view(*encoded.grid, 3)
         return Decoded(value=Image.fromarray(pixels.numpy()))
+
+
+class Frames(ModalityTokenizer):
+    """Sound as frames of `dim` samples, a vector each; silence fills the last one."""
+
+    def __init__(self, dim: int = 2, most: int = 64, rate: int = 100) -> None:
+        self.dim, self.most, self.rate = dim, most, rate
+
+    @property
+    def spec(self) -> Spec:
+        return Spec(
+            kind="continuous",
+            dim=self.dim,
+            max_grid=(self.most,),
+            sample_rate=self.rate,
+            frame_rate=self.rate / self.dim,
+            fingerprint=f"frames-{self.dim}-{self.most}-{self.rate}",
+        )
+
+    def encode(self, raw: Audio) -> Encoded:
+        samples = torch.tensor(raw.samples)
+        count = -(-len(samples) // self.dim)
+        if raw.rate != self.rate or not 1 <= count <= self.most:
+            raise ValueError(
+                f"got {count} frames at {raw.rate} samples a second, expected 1..{self.most} at {self.rate}"
+            )
+        padded = torch.nn.functional.pad(samples, (0, count * self.dim - len(samples)))
+        return Encoded(grid=(count,), latents=padded.view(count, self.dim))
+
+    def decode(self, encoded: Encoded) -> Decoded:
+        assert encoded.latents is not None
+        return Decoded(value=Audio(encoded.latents.nan_to_num().flatten().numpy(), self.rate))
 
 
 def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> Path:

@@ -94,6 +94,96 @@ class ImageToText(_Pair):
         super().__init__((image_field, image), (text_field, text), drop, image_loss)
 
 
+class TextToSpeech(Template):
+    """A voice, a text, and the sound of the text in that voice: `theo: `, `seven`, the clip. Voice and text are given; the sound
+    is learned, and before it how long it is.
+
+    With probability `reference` a clip of the same speaker, drawn from the others of `source`, stands in the place of the
+    name, where there is one: so any voice can be asked for by a sample. With probability `drop` voice and text together
+    become the null condition.
+
+    Args:
+        drop, reference: probabilities; see above.
+        source: where reference clips come from; as a rule the source of the examples.
+        text, speech: modalities.
+        text_field, audio_field: fields of the example.
+        speaker_field: field with the speaker's name; None: documents have no voice.
+    """
+
+    def __init__(
+        self,
+        drop: float = 0.1,
+        reference: float = 0.0,
+        source: Source | None = None,
+        text: str = "text",
+        speech: str = "speech",
+        text_field: str = "text",
+        speaker_field: str | None = "speaker",
+        audio_field: str = "audio",
+    ) -> None:
+        self.drop, self.reference = check_probability("drop", drop), check_probability("reference", reference)
+        if reference and (source is None or speaker_field is None):
+            raise ValueError(
+                f"reference clips (probability {reference}) are drawn from others of the same speaker; give source, and the "
+                "speaker_field that tells them"
+            )
+        self.source, self.text, self.speech = source, text, speech
+        self.text_field, self.speaker_field, self.audio_field = text_field, speaker_field, audio_field
+        self._clips: dict[str, list[tuple[str, int]]] = {}
+
+    def clips(self) -> dict[str, list[tuple[str, int]]]:
+        """Key and index of each clip of the source, by speaker. Examples without a speaker are left out."""
+        if not self._clips and self.source is not None:
+            for index in range(len(self.source)):
+                try:
+                    example = self.source[index]
+                    entry = (str(example["key"]), index)
+                    self._clips.setdefault(str(example[self.speaker_field or ""]), []).append(entry)
+                except BrokenExample:  # the loader, which meets it too, skips and counts it
+                    continue
+        return self._clips
+
+    def __call__(self, example: Mapping[str, Any], rng: torch.Generator) -> list[Segment]:
+        # every draw is taken in every case, so that what follows doesn't depend on the probabilities
+        dropped, by_clip = happens(self.drop, rng), happens(self.reference, rng)
+        which = float(torch.rand((), generator=rng, dtype=torch.float64))
+        if dropped:
+            return [null_segment(), Segment(self.speech, example[self.audio_field], loss=True)]
+        document = [
+            Segment(self.text, example[self.text_field], loss=False),
+            Segment(self.speech, example[self.audio_field], loss=True),
+        ]
+        if self.speaker_field is None:
+            return document
+        name = str(example[self.speaker_field])
+        others = [index for key, index in self.clips().get(name, []) if key != str(example["key"])] if by_clip else []
+        if others:
+            assert self.source is not None
+            clip = self.source[others[int(which * len(others))]][self.audio_field]
+            return [Segment(self.speech, clip, loss=False), *document]
+        return [voice_segment(name, self.text), *document]
+
+
+def voice_segment(name: str, text: str = "text") -> Segment:
+    """How a document names its voice. Requests for speech begin with it."""
+    return Segment(text, f"{name}: ", loss=False)
+
+
+class SpeechToText(_Pair):
+    """A sound, then what is said in it, which is learned. The sound is dropped with probability `drop` (0: recognition needs no
+    guidance)."""
+
+    def __init__(
+        self,
+        drop: float = 0.0,
+        text: str = "text",
+        speech: str = "speech",
+        text_field: str = "text",
+        audio_field: str = "audio",
+    ) -> None:
+        super().__init__((audio_field, speech), (text_field, text), drop, False)
+
+
 class TextOnly(Template):
     """Text alone, all of it learned."""
 
