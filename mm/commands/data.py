@@ -28,7 +28,11 @@ def main(argv: list[str]) -> int:
     bpe.add_argument("source", help="folder, datasets directory, .tar or .npz")
     bpe.add_argument("--caption", metavar="FORMAT", help="as for shards")
     bpe.add_argument("--vocab-size", type=int, default=1024, help="ids (1024)")
-    for name in (digits, shards, bpe):
+    speech = names.add_parser("speech", help="spoken digits and commands with word times, made here by flite")
+    speech.add_argument("--hours", type=float, default=1.0, help="of sound (1)")
+    speech.add_argument("--seed", type=int, default=0, help="the same seed says the same (0)")
+    speech.add_argument("--voices", nargs="+", metavar="VOICE", help="of `flite -lv` (kal16 awb rms slt)")
+    for name in (digits, shards, bpe, speech):
         name.add_argument("--out", required=True, metavar="DIR", help="folder to write into")
     args = command.parse_args(argv)
     if args.name == "bpe":
@@ -38,6 +42,15 @@ def main(argv: list[str]) -> int:
         with Bar("reading", "caption") as bar:
             file = train_bpe(_texts(source, bar), args.out, args.vocab_size)
         print(f"wrote {file}")
+        return 0
+    if args.name == "speech":
+        from mm.data.speech_corpus import VOICES, make_speech
+
+        with Bar("speaking", "second") as bar:
+            made = make_speech(args.out, hours=args.hours, seed=args.seed, voices=args.voices or VOICES, progress=bar)
+        for path, (split, clips) in zip(made.paths, made.clips.items(), strict=True):
+            print(f"wrote {path}: {clips:,} clips, {made.seconds[split] / 60:.1f} minutes")
+        print(f"left out: {made.unaligned} unaligned, {made.too_long} too long")
         return 0
     from mm.data.convert import make_digits, to_shards
 
