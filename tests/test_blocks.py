@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 from mm.generation import Engine, Request
 from mm.heads.regression import RegressionHead
 from mm.hub import load_pretrained, save_pretrained
-from mm.interfaces import Encoded, Sampling
+from mm.interfaces import Encoded, Layout, Proposal, Sampling
 from mm.layout import Segment
 from mm.model import MultimodalModel
 from mm.orders.blocks import TIME, Blocks
@@ -29,7 +30,7 @@ def order(block: int = 2, **settings: Any) -> Blocks:
 
 
 def model(block: int = 2, *, adaln: bool = False, **settings: Any) -> MultimodalModel:
-    tokenizer = ImagePatches(size=12, patch=2)
+    tokenizer = ImagePatches(size=16, patch=2)
     made = tiny(
         order(block, time_condition=not adaln, **settings), tokenizer=tokenizer, head=RegressionHead(), qk_norm=True, adaln=adaln
     )  # fmt: skip
@@ -161,53 +162,71 @@ def test_cached_is_uncached_and_batched_is_one_by_one(block: int, guidance: floa
     same(made, [Engine(one).generate([request])[0] for request in mixed(guidance)])
 
 
+class Watched:
+    """Within it, what sessions propose and what the head answers is written down."""
+
+    def __enter__(self) -> Watched:
+        self.seen: list[Tensor] = []
+        self.asked: list[Proposal] = []
+        self.patch = pytest.MonkeyPatch()
+        sample, session = RegressionHead.sample, Blocks.session
+
+        def sampling(head: RegressionHead, hidden: Tensor, draws: Any) -> Any:
+            out = sample(head, hidden, draws)
+            self.seen.extend(vectors for vectors, _ in out)
+            return out
+
+        def opening(order: Blocks, *args: Any, **kwargs: Any) -> Any:
+            made = session(order, *args, **kwargs)
+            propose = made.propose
+
+            def proposing() -> Proposal | None:
+                proposal = propose()
+                self.asked.extend([] if proposal is None else [proposal])
+                return proposal
+
+            made.propose = proposing  # type: ignore[method-assign]
+            return made
+
+        self.patch.setattr(RegressionHead, "sample", sampling)
+        self.patch.setattr(Blocks, "session", opening)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.patch.undo()
+
+    def compare(self, one: MultimodalModel, stream: TokenStream, count: int, learned: list[int]) -> None:
+        """The velocities are those of the training layout with the same noisy block in it. Elements have `count` clean rows, and
+        then a noisy row each that is learned."""
+        index = stream.latents["image"].index
+        assert len(index) == count + len(learned)
+        for proposal, velocity in zip(self.asked, self.seen, strict=True):
+            assert proposal.layout is not None and proposal.content is not None
+            element, time = proposal.layout.element, float(proposal.layout.time[0])
+            rows = torch.tensor([count + learned.index(number) for number in element.tolist()])
+            values, times, facts = (
+                stream.latents["image"].values.clone(),
+                stream.time.clone(),
+                stream.inject[TIME].values.clone(),
+            )
+            values[rows], times[index[rows]], facts[rows] = proposal.content[element], time, time
+            inject = {TIME: Placed(values=facts, index=stream.inject[TIME].index)}
+            latents = {"image": Placed(values=values, index=index)}
+            with torch.no_grad():
+                hidden = one(replace(stream, latents=latents, inject=inject, time=times))
+                assert torch.allclose(one.head("image").net(hidden[index[rows]]), velocity, atol=1e-5)
+
+
 @pytest.mark.parametrize("block", [0, 2])
 def test_generation_sees_what_training_sees(block: int) -> None:
-    """Velocities of the cached steps equal those of the training layout with the same noisy block in it."""
+    """Step by step from the cache, velocities are what training computes for the same noisy block."""
     one = model(block, shift=False)
-    seen: list[Tensor] = []
-    proposals: list[Any] = []
-    sample, session = RegressionHead.sample, Blocks.session
-
-    def watched(self: RegressionHead, hidden: Tensor, draws: Any) -> Any:
-        out = sample(self, hidden, draws)
-        seen.extend(vectors for vectors, _ in out)
-        return out
-
-    def opened(self: Blocks, *args: Any, **kwargs: Any) -> Any:
-        made = session(self, *args, **kwargs)
-        propose = made.propose
-
-        def proposing() -> Any:
-            proposals.append(propose())
-            return proposals[-1]
-
-        made.propose = proposing  # type: ignore[method-assign]
-        return made
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RegressionHead, "sample", watched)
-        patch.setattr(Blocks, "session", opened)
-        request = Request(prompt=[text("ab")], items=[("image", (1, 5))], text=False, seed=2)
+    request = Request(prompt=[text("ab")], items=[("image", (1, 5))], text=False, seed=2)
+    with Watched() as watched:
         ((made,),) = Engine(one).generate([request])
-    asked = [p for p in proposals if p is not None]
-    assert len(asked) == len(seen) == STEPS * (3 if block else 1)
+    assert len(watched.asked) == STEPS * (3 if block else 1)
     stream = one.build_document([text("ab"), Segment("image", made.content)], torch.Generator())
-    clean, noisy, _ = parts(one, stream)
-    for proposal, velocity in zip(asked, seen, strict=True):
-        element, time = proposal.layout.element, float(proposal.layout.time[0])
-        values = stream.latents["image"].values.clone()
-        values[5 + element] = proposal.content[element]
-        times = stream.time.clone()
-        times[noisy[element]] = time
-        facts = stream.inject[TIME].values.clone()
-        facts[5 + element] = time
-        inject = {TIME: Placed(values=facts, index=stream.inject[TIME].index)}
-        latents = {"image": Placed(values=values, index=stream.latents["image"].index)}
-        with torch.no_grad():
-            hidden = one(replace(stream, latents=latents, inject=inject, time=times))
-            made_again = one.head("image").net(hidden[noisy[element]])
-            assert torch.allclose(made_again, velocity, atol=1e-5)
+    watched.compare(one, stream, 5, [0, 1, 2, 3, 4])
 
 
 def test_given_blocks_stay_and_the_rest_goes_on_from_them() -> None:
@@ -269,3 +288,112 @@ def test_what_cannot_work_is_refused() -> None:
     ids = tiny(Blocks(), tokenizer=Palette(4))
     with pytest.raises(ValueError, match="the blocks order makes vectors"):
         Engine(ids).generate([Request(prompt=[text("a")], items=[("image", (2, 2))], text=False)])
+
+
+# --- filling in the middle --------------------------------------------------------------------------------------------
+
+
+def test_infill_layout_by_hand() -> None:
+    """Six elements of which the span 2..4 is learned, in blocks of two: 0 and 1 and 5 are given."""
+    made = infilled(order(2, shift=False, infill=1.0), 6, (2, 3))
+    assert made.element.tolist() == [0, 1, 2, 3, 4, 5, 2, 3, 4]
+    assert made.order.tolist() == [0, 0, 1, 1, 2, 0, 1, 1, 2]
+    assert made.copy.tolist() == [0] * 6 + [1] * 3
+    assert made.target.tolist() == [-1] * 6 + [6, 7, 8]
+    assert not bool(made.time[:6].any()) and bool((made.time[6:] > 0).all())
+    assert made.time[6] == made.time[7] != made.time[8]
+    assert torch.equal(made.position[6:], made.position[2:5]) and torch.equal(made.inject[TIME][:, 0], made.time)
+
+
+def infilled(one: Blocks, count: int, span: tuple[int, int]) -> Layout:
+    """The first layout whose learned span is (start, length)."""
+    rng = torch.Generator().manual_seed(0)
+    for _ in range(1000):
+        made = one.layout(picture(1, count), context=False, rng=rng)
+        learned = made.element[made.copy == 1].tolist()
+        if (learned[0], len(learned)) == span:
+            return made
+    raise AssertionError(f"no span {span} in 1000 draws")
+
+
+def test_spans_are_drawn_evenly() -> None:
+    rng, one, count = torch.Generator().manual_seed(0), order(2, infill=0.5), 4
+    seen: Counter[tuple[int, int]] = Counter()
+    draws = 4000
+    for _ in range(draws):
+        made = one.layout(picture(1, count), context=False, rng=rng)
+        learned = made.element[made.copy == 1].tolist()
+        assert learned == list(range(learned[0], learned[-1] + 1))
+        seen[learned[0], len(learned)] += 1
+    for length in range(1, count + 1):
+        for start in range(count - length + 1):
+            p = 0.5 / count / (count - length + 1) + 0.5 * (length == count)  # without infill all is learned
+            assert abs(seen[start, length] / draws - p) < 4 * (p * (1 - p) / draws) ** 0.5
+
+
+def test_what_is_given_is_seen_by_all_and_sees_only_itself() -> None:
+    one = model(2, infill=1.0)
+    rng = torch.Generator().manual_seed(0)
+    stream = one.build_document([text("ab"), Segment("image", picture(1, 7))], rng)
+    while (
+        len(stream.latents["image"].index) != 11
+    ):  # a span of four, so that there are three given and two blocks or more
+        stream = one.build_document([text("ab"), Segment("image", picture(1, 7))], rng)
+    clean, noisy = stream.latents["image"].index.split([7, 4])
+    first = int(stream.order[clean].min())
+    given, learned = clean[stream.order[clean] == first], clean[stream.order[clean] > first]
+    values = stream.latents["image"].values.clone().requires_grad_()
+    stream = replace(stream, latents={"image": Placed(values=values, index=stream.latents["image"].index)})
+    hidden = one(stream, noise={"image": torch.randn_like(values)})
+
+    def reach(places: Tensor) -> Tensor:
+        """Positions with vectors that these hidden states depend on."""
+        (gradient,) = torch.autograd.grad(hidden[places].sum(), values, retain_graph=True)
+        return stream.latents["image"].index[gradient.abs().sum(1) > 0]
+
+    assert len(given) == 3 and set(reach(given[:1]).tolist()) == set(given.tolist())
+    for number in set(stream.order[noisy].tolist()):
+        own, before = noisy[stream.order[noisy] == number], learned[stream.order[learned] < number]
+        assert set(reach(own).tolist()) == {*given.tolist(), *before.tolist(), *own.tolist()}
+        same = learned[stream.order[learned] == number]
+        assert set(reach(same).tolist()) == {*given.tolist(), *before.tolist(), *same.tolist()}
+    assert set(reach(torch.tensor([len(stream) - 1])).tolist()) == set(clean.tolist())
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_filling_in_is_cached_and_keeps_what_is_given(guidance: float) -> None:
+    one = model(2, infill=0.5)
+    content = picture(1, 7).content
+    for given in ([1, 1, 0, 0, 0, 1, 1], [0, 0, 1, 0, 0, 0, 1], [1, 0, 0, 0, 0, 0, 0]):
+        known = (content, torch.tensor(given).bool())
+        request = Request(
+            prompt=[text("a")], items=[("image", (1, 7))], max_tokens=3, known=known, seed=1, sampling=Sampling(guidance=guidance)
+        )  # fmt: skip
+        made = Engine(one).generate([request])
+        same(made, Uncached(one).generate([request]))
+        vectors = made[0][0].content.latents
+        assert torch.equal(vectors[known[1]], content[known[1]]), "bit by bit"
+        assert not torch.isclose(vectors[~known[1]], content[~known[1]]).any()
+        changed = (content + known[1][:, None], known[1])
+        ((moved, *_),) = Engine(one).generate([replace(request, known=changed)])
+        far = (moved.content.latents - vectors)[~known[1]].abs().amax(1)
+        assert bool((far > 1e-4).all()), "each unknown element depends on what is given, behind it too"
+
+
+def test_filling_in_sees_what_training_sees() -> None:
+    """Step by step from the cache, the velocities are those of the training layout with the same noisy block in it."""
+    one = model(2, shift=False, infill=1.0)
+    given = torch.tensor([True, True, False, False, False, True])
+    request = Request(
+        prompt=[text("ab")], items=[("image", (1, 6))], text=False, known=(picture(1, 6).content, given), seed=2
+    )
+    with Watched() as watched:
+        ((made,),) = Engine(one).generate([request])
+    assert len(watched.asked) == 2 * STEPS
+    rng, learned = torch.Generator().manual_seed(0), [2, 3, 4]
+    while True:  # until the span that training draws is this one
+        stream = one.build_document([text("ab"), Segment("image", made.content)], rng)
+        index = stream.latents["image"].index
+        if torch.equal(stream.position[index[6:]], stream.position[index[learned]]):
+            break
+    watched.compare(one, stream, 6, learned)

@@ -6,6 +6,8 @@ copy; and what comes after sees clean blocks only. The noisy copy predicts what 
 
 In generation a block starts as noise; each step of the sampler is one pass over its positions, which are not kept; then its
 clean elements are fed once and stay in the cache (Liu et al. 2024, ARDiT, section 3.3: N + 1 passes a block).
+
+To fill in the middle, what is given before and behind comes first: one order number for all of it, clean, seen by every block.
 """
 
 from __future__ import annotations
@@ -33,6 +35,9 @@ class Blocks(Order):
         shift: in training the blocks begin at a random place (ARDiT), so that every element stands everywhere in a block.
         process: from data to noise.
         sampler: from noise to data, unless `Sampling.denoising_steps` asks for another number of steps.
+        infill: probability in training that only a span of the item is learned, and all around it is given. Where the span
+            lies and how long it is is drawn evenly. Without it, given elements can be kept at the beginning only.
+        along: as `Order.along`.
         time_condition: the backbone is told a noisy position's time by a vector that is added to it. Not needed where it
             has AdaLN (`backbone: {adaln: true}`).
     """
@@ -44,9 +49,14 @@ class Blocks(Order):
         process: Process | Mapping[str, Any] | None = None,
         sampler: Sampler | Mapping[str, Any] | None = None,
         time_condition: bool = True,
+        infill: float = 0.0,
+        along: bool = False,
     ) -> None:
         if block < 0:
             raise ValueError(f"a block has at least one element (0: the whole item is one), got {block}")
+        if not 0 <= infill <= 1:
+            raise ValueError(f"infill is a probability between 0 and 1, got {infill}")
+        self.infill, self.along = infill, along
         self.block, self.shift, self.time_condition = block, shift, time_condition
         self.process, self.sampler = settings(Process, process), settings(Sampler, sampler)
         self.sampler.plan(self.process)  # a pair that can't work is refused now
@@ -62,21 +72,32 @@ class Blocks(Order):
         element, place = torch.arange(count), coordinates(encoded.grid)
         if context:
             return self.positions(element, self.blocks(count), place, torch.zeros(count), noisy=False)
+        given = torch.zeros(count, dtype=torch.bool)
+        if self.infill and float(torch.rand((), generator=rng)) < self.infill and count:
+            length = 1 + int(torch.randint(count, (), generator=rng))
+            first = int(torch.randint(count - length + 1, (), generator=rng))
+            given = (element < first) | (element >= first + length)
         begin = int(torch.randint(self.block, (), generator=rng)) if self.shift and self.block > 1 else 0
-        block = self.blocks(count, begin)
-        time = self.process.draw_time(int(block.max()) + 1 if count else 0, rng)[block]
-        clean = self.positions(element, block, place, torch.zeros(count), noisy=False)
-        noisy = self.positions(element, block, place, time, noisy=True)
+        number, learned = self.numbers(given, begin), element[~given]
+        time = self.process.draw_time(int(number.max()) + 1 if count else 0, rng)[number[learned]]
+        clean = self.positions(element, number, place, torch.zeros(count), noisy=False)
+        noisy = self.positions(learned, number[learned], place[learned], time, noisy=True)
         return Layout(
-            element=torch.cat((element, element)),
-            order=torch.cat((block, block)),
-            position=torch.cat((place, place)),
+            element=torch.cat((element, learned)),
+            order=torch.cat((clean.order, noisy.order)),
+            position=torch.cat((clean.position, noisy.position)),
             time=torch.cat((clean.time, noisy.time)),
             copy=torch.cat((clean.copy, noisy.copy)),
-            target=torch.cat((clean.target, torch.arange(count, 2 * count))),
+            target=torch.cat((clean.target, count + noisy.target)),
             enters=False,
             inject={name: torch.cat((clean.inject[name], noisy.inject[name])) for name in clean.inject},
         )
+
+    def numbers(self, given: Bool[Tensor, " N"], begin: int = 0) -> Int[Tensor, " N"]:
+        """The order of each element: 0 for what is given, if anything is, and then the others block by block."""
+        number = torch.zeros(len(given), dtype=torch.int64)
+        number[~given] = self.blocks(int((~given).sum()), begin) + int(given.any())
+        return number
 
     def positions(
         self, element: Tensor, block: Tensor, place: Float[Tensor, "P 3"], time: Float[Tensor, " P"], *, noisy: bool
@@ -112,7 +133,8 @@ class Blocks(Order):
 
 
 class BlocksSession(Session):
-    """Block after block. Given elements must fill blocks at the beginning, and are fed clean."""
+    """Block after block. Given elements are fed clean: as the first blocks, where they fill them and no others, or else all at
+    once, and the blocks are made of what is left."""
 
     def __init__(
         self,
@@ -143,12 +165,15 @@ class BlocksSession(Session):
         whole = [bool(given[self.block == number].all()) for number in range(self.total)]
         first = whole.index(False) if False in whole else self.total
         if int(given.sum()) != int((self.block < first).sum()):
-            raise ValueError(
-                f"the blocks order can keep given elements only as whole blocks at the start: {first} of {self.total} "
-                f"blocks are, but {int(given.sum())} elements are given"
-            )
-        self.values[self.block < first] = content[self.block < first].float()
-        self.current, self.fresh = first, (self.block < first).nonzero()[:, 0].tolist()
+            if not self.order.infill:
+                raise ValueError(
+                    "this blocks order was trained without infill, and can keep given elements only as whole blocks at the "
+                    f"start: {first} of {self.total} blocks are, but {int(given.sum())} elements are given"
+                )
+            self.block, first = self.order.numbers(given), 1
+            self.total = int(self.block.max()) + 1
+        self.values[given] = content[given].float()
+        self.current, self.fresh = first, given.nonzero()[:, 0].tolist()
 
     def _begin(self) -> None:
         """Noise for the current block."""
