@@ -1,0 +1,180 @@
+"""Training of a speech tokenizer: spectra at several resolutions, and what is measured while it learns.
+
+`mm fit` reads it from YAML, the tokenizer itself by `class_path`:
+
+    model:
+      class_path: mm.training_speech.SpeechTokenizerModule
+      init_args:
+        tokenizer: {class_path: mm.tokenizers.speech_codec.SpeechCodec}
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from mm.optimization import optimizer_and_schedule
+from mm.reconstruction import usage_and_perplexity
+from mm.speech_losses import SpectralLosses
+from mm.speech_tokenizer import SpeechTokenizer
+
+STATISTICS = 256
+"""Training crops that statistics of latents are taken from, and to which codebooks are fitted."""
+
+
+class SpeechTokenizerModule(L.LightningModule):
+    """Trains any `SpeechTokenizer`.
+
+    A batch is a pair: sounds (B, S) at the tokenizer's rate, and the source of each, by which the validation figures are also
+    split.
+
+    Args:
+        tokenizer: what is trained.
+        stft: weight of the distances of spectra at several resolutions.
+        mel: weight of the L1 distance of log-mel frames.
+        learning_rate, weight_decay, betas: of AdamW; matrices and kernels decay, vectors do not.
+        warmup: steps of linear warm-up; then a cosine to `final_rate` times the rate at the last step.
+        warm_start: how many training crops the tokenizer's codebooks are fitted to before the first step; 0 = none.
+        save_to: directory that receives the tokenizer (averaged weights, where EMA is on) after every validation.
+    """
+
+    def __init__(
+        self,
+        tokenizer: SpeechTokenizer,
+        stft: float = 1.0,
+        mel: float = 1.0,
+        learning_rate: float = 1e-3,
+        weight_decay: float = 1e-2,
+        betas: tuple[float, float] = (0.8, 0.99),
+        warmup: int = 200,
+        final_rate: float = 0.01,
+        warm_start: int = STATISTICS,
+        save_to: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.weights = dict(stft=stft, mel=mel)
+        if min(self.weights.values()) < 0 or stft + mel <= 0:
+            raise ValueError(f"loss weights must not be negative, and one positive, got {self.weights}")
+        self.tokenizer = tokenizer
+        self.losses = SpectralLosses(tokenizer.rate, tokenizer.n_fft, tokenizer.hop, tokenizer.config["mels"])
+        self.learning_rate, self.weight_decay, self.betas = learning_rate, weight_decay, betas
+        self.warmup, self.final_rate, self.warm_start, self.save_to = warmup, final_rate, warm_start, save_to
+        self._train_counts: Tensor | None = None
+        self._val_counts: Tensor | None = None
+        self._val: dict[int, list[Tensor]] = {}
+
+    # ---- set-up ------------------------------------------------------------------------------------------------------
+
+    def on_fit_start(self) -> None:
+        # A loaded tokenizer comes in evaluation mode, in which its codebooks would never move.
+        self.tokenizer.train()
+        self.tokenizer.synchronise(self.trainer.world_size > 1)
+        if not self.warm_start or self.trainer.global_step or self.trainer.ckpt_path:
+            return
+        state = torch.get_rng_state()
+        # Every rank takes the same crops with the same seed, and so starts from the same codebooks.
+        torch.manual_seed(0)
+        self.tokenizer.warm_start(self._crops(self.warm_start))
+        torch.set_rng_state(state)
+
+    def _crops(self, count: int) -> Tensor:
+        return cast(Any, self.trainer).datamodule.sample(count).to(self.device)
+
+    def on_fit_end(self) -> None:
+        self.tokenizer.synchronise(False)
+
+    def configure_optimizers(self) -> Any:
+        return optimizer_and_schedule(
+            self.tokenizer.parameters(),
+            lr=self.learning_rate,
+            betas=self.betas,
+            weight_decay=self.weight_decay,
+            warmup=self.warmup,
+            total=int(self.trainer.estimated_stepping_batches),
+            floor=self.final_rate,
+        )
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        from mm.resume import RandomState
+
+        return [RandomState()]
+
+    # ---- one step ----------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, _ = batch
+        out = self.tokenizer.reconstruct(x)
+        self._train_counts = self._count(self._train_counts, out.ids)
+        terms = self.losses(out.output, x)
+        loss = self.weights["stft"] * terms["stft"] + self.weights["mel"] * terms["mel"] + out.loss.float()
+        terms["bottleneck"] = out.loss
+        self.log_dict({f"train/{k}": v.detach() for k, v in terms.items()}, batch_size=len(x))
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(x))
+        return loss
+
+    def _count(self, counts: Tensor | None, ids: Tensor | None) -> Tensor | None:
+        if ids is None:
+            return None
+        spec = self.tokenizer.spec if counts is None else None
+        if spec is not None:
+            counts = torch.zeros(spec.num_codes, spec.vocab_size, dtype=torch.long, device=ids.device)
+        assert counts is not None
+        for k, column in enumerate(ids.reshape(-1, len(counts)).unbind(1)):
+            counts[k] += torch.bincount(column, minlength=counts.shape[1])
+        return counts
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.tokenizer.weights_changed()
+
+    # ---- validation --------------------------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        self._val, self._val_counts = {}, None
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        x, source = batch
+        out = self.tokenizer.reconstruct(x)
+        self._val_counts = self._count(self._val_counts, out.ids)
+        for number in source.unique().tolist():
+            mine = source == number
+            terms = self.losses(out.output[mine], x[mine])
+            weight = mine.sum().double()
+            total = torch.stack([terms["mel"].double() * weight, terms["stft"].double() * weight, weight])
+            self._val.setdefault(number, []).append(total)
+
+    def on_validation_epoch_end(self) -> None:
+        names = getattr(getattr(self.trainer, "datamodule", None), "names", None)
+        count = len(names) if names else max(self._val, default=0) + 1
+        table = torch.zeros(count, 3, dtype=torch.double, device=self.device)
+        for index, parts in self._val.items():
+            table[index] = torch.stack(parts).sum(0)
+        # Every rank held a part: sums, then one division.
+        table = cast(Tensor, self.all_gather(table)).reshape(-1, count, 3).sum(0)
+        for index in range(count):
+            if table[index, 2] > 0:
+                self._log_figures(table[index], f"/{names[index] if names else index}")
+        self._log_figures(table.sum(0), "")
+        self._log_codes("val", self._val_counts)
+        if self.trainer.sanity_checking:
+            return
+        self._log_codes("train", self._train_counts)
+        self._train_counts = None
+        if self.save_to is not None and self.trainer.is_global_zero and self.trainer.state.fn == "fit":
+            self.tokenizer.before_saving(self._crops(STATISTICS))
+            self.tokenizer.save(self.save_to)
+
+    def _log_figures(self, sums: Tensor, suffix: str) -> None:
+        mel, stft = (sums[:2] / sums[2].clamp_min(1)).tolist()
+        self.log(f"val/mel{suffix}", mel, prog_bar=not suffix, rank_zero_only=True)
+        self.log(f"val/stft{suffix}", stft, rank_zero_only=True)
+
+    def _log_codes(self, part: str, counts: Tensor | None) -> None:
+        if counts is None:
+            return
+        counts = cast(Tensor, self.all_gather(counts)).reshape(-1, *counts.shape).sum(0)
+        usage, perplexity = usage_and_perplexity(counts)
+        self.log(f"{part}/usage", usage, prog_bar=part == "val", rank_zero_only=True)
+        self.log(f"{part}/perplexity", perplexity, rank_zero_only=True)
