@@ -97,6 +97,9 @@ class CachedSource(Source):
     def raw_picture(self, index: int) -> bytes | Any:
         return self.source.raw_picture(index)
 
+    def raw_sound(self, index: int) -> bytes | Any:
+        return self.source.raw_sound(index)
+
     def __getitem__(self, index: int) -> Example:
         example = self.source[index]
         for field, cache in self.caches.items():

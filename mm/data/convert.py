@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from mm.audio import Audio, to_wav
+from mm.audio_files import file_kind
 from mm.data.example import BrokenExample, Lazy, Source, warn_skipped
-from mm.data.shards import decode_picture
+from mm.data.shards import decode_picture, decode_sound, is_sound
 from mm.data.sources import DIGIT_NAMES, MAX_DIGIT_SIZE, DigitsSource
 from mm.safe_io import atomic_file
 
@@ -90,10 +92,11 @@ def to_shards(
     per_shard: int = 10_000,
     progress: Progress | None = None,
 ) -> list[Path]:
-    """Convert any random-access source (a folder of pictures, a `datasets` directory, …) to shards.
+    """Convert any random-access source (a folder of pictures or sounds, a `datasets` directory, …) to shards.
 
-    Picture files are kept byte for byte; the other fields go into one `.json` each, the text as `caption` where the
-    source has a caption format. Broken examples are skipped with a counted warning, or raise if the source is strict.
+    The files of `image` and `audio` are kept byte for byte; the other fields go into one `.json` each, the text as
+    `caption` where the source has a caption format. Broken examples are skipped with a counted warning, or raise if the
+    source is strict.
     """
     return write_shards(_entries(source, progress), out, prefix=prefix, per_shard=per_shard)
 
@@ -118,13 +121,19 @@ def _members(source: Source, index: int) -> dict[str, bytes]:
     members: dict[str, bytes] = {}
     if "image" in example:
         members |= _picture(source.raw_picture(index), f"{source.what}: {source.key(index)}", source.max_pixels)
+    if "audio" in example:
+        members |= _sound(source.raw_sound(index), f"{source.what}: {source.key(index)}", source.max_seconds)
     fields: dict[str, Any] = {}
     for name, value in dict(example).items():
-        if name in ("key", "image", "text"):
+        if name in ("key", "image", "audio"):
             continue
+        if name == "text" and (source.caption is not None or "caption" in example or isinstance(value, Lazy)):
+            continue  # made of other fields
         value = value.load() if isinstance(value, Lazy) else value
         if isinstance(value, bytes):
             members[name] = value
+        elif isinstance(value, Audio):
+            members[name if is_sound(name) else f"{name}.wav"] = to_wav(value)
         else:
             fields[name] = value
     if source.caption is not None:
@@ -142,6 +151,14 @@ def _picture(stored: Any, where: str, max_pixels: int) -> dict[str, bytes]:
             kind = (picture.format or "").lower()
         return {{"jpeg": "jpg", "mpo": "jpg"}.get(kind, kind): stored}
     return {"png": _png(decoded)}
+
+
+def _sound(stored: Any, where: str, max_seconds: float) -> dict[str, bytes]:
+    decoded = decode_sound(stored, where, max_seconds)  # a broken sound must not get into the shard
+    if isinstance(stored, bytes):
+        kind = file_kind(stored[:16])
+        return {kind if is_sound(kind) else "wav": stored}  # the ending only says that it is a sound
+    return {"wav": to_wav(decoded)}
 
 
 def _png(picture: Any) -> bytes:

@@ -7,9 +7,10 @@ import copy
 import hashlib
 import string
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+from mm.audio import MAX_SECONDS
 from mm.media import MAX_PIXELS
 
 Split = Literal["all", "train", "holdout"]
@@ -29,7 +30,8 @@ class Lazy:
 
 
 class Example(dict[str, Any]):
-    """`key`, `image` (PIL RGB), `text`, and whatever else the source knows. `Lazy` values load when read, once."""
+    """`key`, `image` (PIL RGB), `audio` (`Audio`), `text`, and whatever else the source knows. `Lazy` values load when
+    read, once."""
 
     def __getitem__(self, name: str) -> Any:
         value = super().__getitem__(name)
@@ -60,10 +62,14 @@ class Source(abc.ABC):
         split: `train` and `holdout` are complements: of the sorted unique keys of the whole source, each
             `holdout_every`-th (beginning with the first) is held out, with all examples of that key. `all` is both.
         holdout_every: 0 holds nothing out.
+        holdout_where: held out instead is each example with one of these values, such as {"index": [5, 6]} or
+            {"split": ["heldout"]}; several fields hold out what any of them names. Values are compared as they are
+            printed, so 5 is "5".
         caption: format string over the example's fields that makes `text`, such as "{caption}, {style}"; lists are
             joined with commas. By default `text` is the field `caption`, or else the field `text`.
         strict: raise at the first broken example instead of skipping it with a counted warning.
         max_pixels: largest picture that is decoded.
+        max_seconds: longest sound that is decoded.
     """
 
     def __init__(
@@ -71,17 +77,22 @@ class Source(abc.ABC):
         *,
         split: Split = "all",
         holdout_every: int = 20,
+        holdout_where: Mapping[str, Sequence[str | int]] | None = None,
         caption: str | None = None,
         strict: bool = False,
         max_pixels: int = MAX_PIXELS,
+        max_seconds: float = MAX_SECONDS,
     ) -> None:
         if split not in ("all", "train", "holdout"):
             raise ValueError(f"split must be 'all', 'train' or 'holdout', got {split!r}")
-        if holdout_every < 0 or (split == "holdout" and holdout_every == 0):
+        if holdout_every < 0 or (split == "holdout" and holdout_every == 0 and not holdout_where):
             least = int(split == "holdout")
             raise ValueError(f"holdout_every is {holdout_every}; split {split!r} needs at least {least}")
-        self.split, self.holdout_every = split, holdout_every
-        self.strict, self.max_pixels = strict, max_pixels
+        for name, values in (holdout_where or {}).items():
+            if isinstance(values, str) or not values:
+                raise ValueError(f"holdout_where gives {values!r} for {name!r}; give a list of at least one value")
+        self.split, self.holdout_every, self.holdout_where = split, holdout_every, dict(holdout_where or {})
+        self.strict, self.max_pixels, self.max_seconds = strict, max_pixels, max_seconds
         self._text = Caption(caption)
         self._broken: list[str] = []
 
@@ -94,7 +105,9 @@ class Source(abc.ABC):
             reason = f" (first problem: {self._broken[0]})" if self._broken else ""
             raise ValueError(f"{what} holds no examples{reason}")
         self._keys = keys
-        held = holdout_keys(keys, self.holdout_every) if self.split != "all" else set()
+        held: set[str] = set()
+        if self.split != "all":
+            held = self._held_by_value() if self.holdout_where else holdout_keys(keys, self.holdout_every)
         wanted = self.split == "holdout"
         self.ordinals: Sequence[int] = (
             range(len(keys))
@@ -102,6 +115,35 @@ class Source(abc.ABC):
             else [ordinal for ordinal, key in enumerate(keys) if (key in held) == wanted]
         )
         """Position of each example of this split in the whole source; what caches are keyed by."""
+
+    def _held_by_value(self) -> set[str]:
+        """Keys that `holdout_where` names. Raises `ValueError` if it names nothing: more likely a mistyped field than
+        a source without a single such example."""
+        wanted = {name: {str(value) for value in values} for name, values in self.holdout_where.items()}
+        held: set[str] = set()
+        seen: dict[str, set[str]] = {name: set() for name in wanted}
+        for ordinal, facts in enumerate(self._facts(list(wanted))):
+            for name, value in facts.items():
+                if len(seen[name]) < 9:
+                    seen[name].add(f"{value!s:.40}")
+                if str(value) in wanted[name]:
+                    held.add(self._keys[ordinal])
+        if not held:
+            found = "; ".join(
+                f"{name} is {', '.join(sorted(values)[:8]) or 'in no example'}{', …' if len(values) > 8 else ''}"
+                for name, values in seen.items()
+            )
+            raise ValueError(f"{self.what}: holdout_where {self.holdout_where} holds nothing out; {found}")
+        return held
+
+    def _facts(self, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+        """Of each example of the whole source, in order, the fields of these names that are there without decoding."""
+        for ordinal in range(self.total):
+            try:
+                fields = self._fields(ordinal)
+            except BrokenExample:  # counted when it is read
+                fields = {}
+            yield {name: fields[name] for name in names if name in fields and not isinstance(fields[name], Lazy)}
 
     def _bad(self, reason: str) -> None:
         """Note something that can't be indexed."""
@@ -142,6 +184,10 @@ class Source(abc.ABC):
         """The picture as the source stores it: the bytes of its file, a PIL picture, or None where there is none."""
         return self[index].get("image")
 
+    def raw_sound(self, index: int) -> bytes | Any:
+        """The sound as the source stores it: the bytes of its file, an `Audio`, or None where there is none."""
+        return self[index].get("audio")
+
     @abc.abstractmethod
     def _fields(self, ordinal: int) -> dict[str, Any]:
         """Fields of one example (values may be `Lazy`). Raises `BrokenExample`."""
@@ -156,12 +202,13 @@ class Source(abc.ABC):
         return Example(fields, text=self._text(fields))
 
     def __iter__(self) -> Iterator[Example]:
-        """All examples with their pictures loaded; broken ones are skipped and counted (`strict` raises)."""
+        """All examples with pictures and sounds loaded; broken ones are skipped and counted (`strict` raises)."""
         skipped: list[str] = []
         for index in range(len(self)):
             try:
                 example = self[index]
                 example.get("image")
+                example.get("audio")
             except BrokenExample as error:
                 if self.strict:
                     raise
@@ -215,7 +262,7 @@ class Caption:
             if isinstance(value, Lazy):
                 value = value.load()
             if value is None:
-                known = ", ".join(sorted(set(fields) - {"image", "key"}))
+                known = ", ".join(sorted(set(fields) - {"image", "audio", "key"}))
                 raise BrokenExample(
                     f"example {fields['key']!r} has no field {name!r} to make its text of; it has: {known or 'none'}; "
                     "set caption to a format over these"

@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
+from mm import audio
 from mm.data.example import BrokenExample, Lazy, Source, digest
 from mm.media import EXTENSIONS, load_image
 
@@ -72,13 +73,30 @@ def decode_picture(data: Any, where: str, max_pixels: int) -> Any:
         raise BrokenExample(f"{where}: {error}") from error
 
 
+def is_sound(suffix: str) -> bool:
+    return suffix.rpartition(".")[2] in audio.EXTENSIONS
+
+
+def decode_sound(data: Any, where: str, max_seconds: float) -> audio.Audio:
+    """A sound by `load_audio`; what is wrong with it becomes a `BrokenExample` that says where it is."""
+    try:
+        return audio.load_audio(data, max_seconds=max_seconds)
+    except ValueError as error:
+        raise BrokenExample(f"{where}: {error}") from error
+
+
 def fields_of_members(
-    suffixes: Sequence[str], read: Callable[[int], bytes], where: str, max_pixels: int
+    suffixes: Sequence[str],
+    read: Callable[[int], bytes],
+    where: str,
+    max_pixels: int,
+    max_seconds: float = audio.MAX_SECONDS,
 ) -> dict[str, Any]:
-    """Fields of one WebDataset sample: JSON merged, `.txt` as `caption`, the first picture as `image`, other pictures
-    decoded and everything else as bytes under its suffix. Reads and decodes only what is asked for, JSON excepted."""
+    """Fields of one WebDataset sample: JSON merged, `.txt` as `caption`, the first picture as `image`, the first sound as
+    `audio`, other pictures and sounds decoded and everything else as bytes under its suffix. Reads and decodes only what
+    is asked for, JSON excepted."""
     fields: dict[str, Any] = {}
-    if "json" in suffixes:  # first, so that its fields never hide a picture
+    if "json" in suffixes:  # first, so that its fields never hide a picture or a sound
         fields |= parse_json(read(suffixes.index("json")), f"{where}.json")
     for number, suffix in enumerate(suffixes):
         label = f"{where}.{suffix}"
@@ -89,6 +107,9 @@ def fields_of_members(
         elif is_picture(suffix):
             lazy = Lazy(partial(_read_picture, read, number, label, max_pixels))
             fields["image" if not isinstance(fields.get("image"), Lazy) else suffix] = lazy
+        elif is_sound(suffix):
+            lazy = Lazy(partial(_read_sound, read, number, label, max_seconds))
+            fields["audio" if not isinstance(fields.get("audio"), Lazy) else suffix] = lazy
         else:
             fields[suffix] = Lazy(partial(read, number))
     return fields
@@ -100,6 +121,10 @@ def _read_text(read: Callable[[int], bytes], number: int) -> str:
 
 def _read_picture(read: Callable[[int], bytes], number: int, where: str, max_pixels: int) -> Any:
     return decode_picture(read(number), where, max_pixels)
+
+
+def _read_sound(read: Callable[[int], bytes], number: int, where: str, max_seconds: float) -> audio.Audio:
+    return decode_sound(read(number), where, max_seconds)
 
 
 class _Files:
@@ -268,11 +293,17 @@ class ShardSource(Source):
         return suffixes, read, f"{self.paths[shard].name}: {self._keys[ordinal]}"
 
     def _fields(self, ordinal: int) -> dict[str, Any]:
-        return fields_of_members(*self._members_of(ordinal), self.max_pixels)
+        return fields_of_members(*self._members_of(ordinal), self.max_pixels, self.max_seconds)
 
     def raw_picture(self, index: int) -> bytes | Any:
+        return self._first_of(index, is_picture)
+
+    def raw_sound(self, index: int) -> bytes | Any:
+        return self._first_of(index, is_sound)
+
+    def _first_of(self, index: int, wanted: Callable[[str], bool]) -> bytes | None:
         suffixes, read, _ = self._members_of(self.ordinals[index])
-        return next((read(number) for number, suffix in enumerate(suffixes) if is_picture(suffix)), None)
+        return next((read(number) for number, suffix in enumerate(suffixes) if wanted(suffix)), None)
 
 
 def sample_bytes(path: Path, blocks: int = 16, size: int = 4096) -> bytes:

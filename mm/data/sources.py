@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import zipfile
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from mm.data.shards import (
     MAX_TEXT_BYTES,
     ShardSource,
     decode_picture,
+    decode_sound,
     is_picture,
+    is_sound,
     parse_json,
     sample_bytes,
 )
@@ -32,19 +35,23 @@ MAX_DIGIT_SIZE = 512
 
 
 class FolderSource(Source):
-    """Pictures anywhere under a folder. Fields come from `NAME.json` and `NAME.txt` (as `caption`) beside `NAME.png`,
-    and from the row of `metadata.jsonl` whose `file_name` names it (relative to where `metadata.jsonl` lies).
+    """Pictures and sounds anywhere under a folder; `NAME.wav` beside `NAME.png` belongs to the same example. Fields come
+    from `NAME.json` and `NAME.txt` (as `caption`) beside them, and from the row of `metadata.jsonl` whose `file_name`
+    names them (relative to where `metadata.jsonl` lies).
     """
 
     def __init__(self, path: str | Path, **options: Any) -> None:
         super().__init__(**options)
         self.path = Path(path)
         if not self.path.is_dir():
-            raise ValueError(f"folder {str(path)!r} is missing or not a folder; give a folder with pictures")
+            raise ValueError(f"folder {str(path)!r} is missing or not a folder; give a folder with pictures or sounds")
         self._root = self.path.resolve()
         self._rows: dict[str, dict[str, Any]] = {}
         self._names: list[str] = []
         self._beside: dict[str, str] = {}
+        self._sounds: dict[str, str] = {}
+        """Example (by its file in `_names`) → its sound."""
+        sounds: list[str] = []
         for folder, folders, files in os.walk(self.path):
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             place = Path(folder).relative_to(self.path)
@@ -55,14 +62,23 @@ class FolderSource(Source):
                     continue
                 elif is_picture(name.lower()):
                     self._names.append((place / name).as_posix())
+                elif is_sound(name.lower()):
+                    sounds.append((place / name).as_posix())
                 elif name.lower().endswith((".txt", ".json")):
                     stem, _, suffix = name.rpartition(".")
                     # Where a.txt and a.TXT both lie there, the one in lower case, which comes last, counts.
                     self._beside[f"{(place / stem).as_posix()}.{suffix.lower()}"] = (place / name).as_posix()
+        pictures = {_stem(name): name for name in sorted(self._names, reverse=True)}
+        for name in sorted(sounds):
+            example = pictures.get(_stem(name), name)
+            if example == name or example in self._sounds:
+                self._names.append(name)
+                example = name
+            self._sounds[example] = name
         self._names.sort()
-        for name in sorted(set(self._rows) - set(self._names)):
-            self._bad(f"metadata.jsonl names {name!r}, which is not a picture in the folder")
-        self._finish([Path(name).with_suffix("").as_posix() for name in self._names], f"folder {self.path.name!r}")
+        for name in sorted(set(self._rows) - set(self._names) - set(sounds)):
+            self._bad(f"metadata.jsonl names {name!r}, which is not a picture or a sound in the folder")
+        self._finish([_stem(name) for name in self._names], f"folder {self.path.name!r}")
 
     def _read_rows(self, place: Path) -> None:
         with self._file((place / "metadata.jsonl").as_posix()).open("rb") as file:
@@ -110,31 +126,46 @@ class FolderSource(Source):
 
     @property
     def identity(self) -> str:
-        files = [(name, self.path / name) for name in self._names]
+        names = sorted({*self._names, *self._sounds.values()})
+        files = [(name, self.path / name) for name in names]
         sizes = [f"{name} {path.stat().st_size if path.is_file() else -1}" for name, path in files]
         spread = files[:: max(1, len(files) // 64)]
         return digest("folder", *sizes, *(sample_bytes(path, blocks=2) for _, path in spread if path.is_file()))
 
     def _fields(self, ordinal: int) -> dict[str, Any]:
         name = self._names[ordinal]
-        stem = Path(name).with_suffix("").as_posix()
+        stem, sound = _stem(name), self._sounds.get(name)
         fields: dict[str, Any] = {}
         if beside := self._beside.get(f"{stem}.txt"):
             fields["caption"] = self._read(beside, MAX_TEXT_BYTES).decode("utf-8", "replace").strip()
         if beside := self._beside.get(f"{stem}.json"):
             fields |= parse_json(self._read(beside, MAX_TEXT_BYTES), beside)
         fields |= self._rows.get(name, {})
-        fields["image"] = Lazy(lambda: decode_picture(self._read(name, MAX_MEMBER_BYTES), name, self.max_pixels))
+        if sound is not None:
+            fields |= self._rows.get(sound, {})
+            fields["audio"] = Lazy(lambda: decode_sound(self._read(sound, MAX_MEMBER_BYTES), sound, self.max_seconds))
+        if name != sound:
+            fields["image"] = Lazy(lambda: decode_picture(self._read(name, MAX_MEMBER_BYTES), name, self.max_pixels))
         return fields
 
     def raw_picture(self, index: int) -> bytes | Any:
-        return self._read(self._names[self.ordinals[index]], MAX_MEMBER_BYTES)
+        name = self._names[self.ordinals[index]]
+        return None if self._sounds.get(name) == name else self._read(name, MAX_MEMBER_BYTES)
+
+    def raw_sound(self, index: int) -> bytes | Any:
+        sound = self._sounds.get(self._names[self.ordinals[index]])
+        return None if sound is None else self._read(sound, MAX_MEMBER_BYTES)
+
+
+def _stem(name: str) -> str:
+    return Path(name).with_suffix("").as_posix()
 
 
 class HFSource(Source):
     """A directory written by `datasets.Dataset.save_to_disk` (or one `subset` of a saved `DatasetDict`).
 
-    `image` is the first picture column; a column named `key`, `id` or `__key__` gives the key, else the row number.
+    `image` is the first picture column and `audio` the first sound column; a column named `key`, `id` or `__key__` gives
+    the key, else the row number.
     """
 
     def __init__(self, path: str | Path, subset: str | None = None, **options: Any) -> None:
@@ -157,10 +188,11 @@ class HFSource(Source):
         except Exception as error:  # arrow raises types of its own
             raise ValueError(f"{self.path.name!r} is damaged: {error}") from error
         pictures = [name for name, kind in rows.features.items() if isinstance(kind, datasets.Image)]
+        sounds = [name for name, kind in rows.features.items() if isinstance(kind, datasets.Audio)]
         for name, kind in rows.features.items():
             if isinstance(kind, datasets.Image | datasets.Audio):
                 rows = rows.cast_column(name, type(kind)(decode=False))
-        self._rows, self._pictures = rows, pictures
+        self._rows, self._pictures, self._sounds = rows, pictures, sounds
         named = next((name for name in ("key", "id", "__key__") if name in rows.features), None)
         width = len(str(len(rows)))
         keys = [str(key) for key in rows[named]] if named else [f"{row:0{width}}" for row in range(len(rows))]
@@ -187,22 +219,43 @@ class HFSource(Source):
             fields: dict[str, Any] = dict(self._rows[ordinal])
         except Exception as error:
             raise BrokenExample(f"row {ordinal} of {self.what} can't be read: {error}") from error
-        for name in self._pictures:
-            stored = fields.pop(name)
-            place = "image" if name == self._pictures[0] else name
-            if stored is not None:
-                fields[place] = Lazy(partial(self._decode, stored, f"row {ordinal}, {name}"))
+        stored = {name: fields.pop(name) for name in (*self._pictures, *self._sounds)}
+        for columns, main, decode in (
+            (self._pictures, "image", self._decode_picture),
+            (self._sounds, "audio", self._decode_sound),
+        ):
+            for name in columns:
+                if stored[name] is not None:
+                    lazy = Lazy(partial(decode, stored[name], f"row {ordinal}, {name}"))
+                    fields[main if name == columns[0] else name] = lazy
         return fields
 
-    def _decode(self, stored: dict[str, Any], where: str) -> Any:
+    def _facts(self, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+        """Of the columns that are asked for, so that no picture or sound is read."""
+        known = [n for n in names if n in self._rows.features and n not in (*self._pictures, *self._sounds)]
+        for row in self._rows.select_columns(known) if known else [{}] * self.total:
+            yield dict(row)
+
+    def _decode_picture(self, stored: dict[str, Any], where: str) -> Any:
         if not stored.get("bytes"):
             raise BrokenExample(f"{where} names a file instead of holding the picture; save it with embedded pictures")
         return decode_picture(stored["bytes"], where, self.max_pixels)
 
+    def _decode_sound(self, stored: dict[str, Any], where: str) -> Any:
+        if not stored.get("bytes"):
+            raise BrokenExample(f"{where} names a file instead of holding the sound; save it with embedded sounds")
+        return decode_sound(stored["bytes"], where, self.max_seconds)
+
     def raw_picture(self, index: int) -> bytes | Any:
-        if not self._pictures:
+        return self._raw(index, self._pictures)
+
+    def raw_sound(self, index: int) -> bytes | Any:
+        return self._raw(index, self._sounds)
+
+    def _raw(self, index: int, columns: list[str]) -> bytes | None:
+        if not columns:
             return None
-        stored = self._rows[self.ordinals[index]][self._pictures[0]]
+        stored = self._rows[self.ordinals[index]][columns[0]]
         return stored["bytes"] if stored else None
 
 

@@ -189,7 +189,7 @@ class StreamingShards(IterableDataset[Example]):
         return Example(fields, text=self._text(fields))
 
     def __iter__(self) -> Iterator[Example]:
-        """One epoch: lanes in turn, pictures loaded; broken examples are skipped and counted (`strict` raises)."""
+        """One epoch: lanes in turn, pictures and sounds loaded; broken examples are skipped and counted (`strict` raises)."""
         worker = get_worker_info()
         number, count = (worker.id, worker.num_workers) if worker else (0, 1)
         state = self._state
@@ -225,6 +225,7 @@ class StreamingShards(IterableDataset[Example]):
             if isinstance(example, BrokenExample):
                 raise example
             example.get("image")
+            example.get("audio")
         except BrokenExample as error:
             if self.strict:
                 raise

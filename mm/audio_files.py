@@ -1,0 +1,226 @@
+"""Sound files from strangers, decoded block by block to mono float32.
+
+WAV, FLAC, Ogg and MP3 (and AIFF, AU, CAF) go through libsndfile (`soundfile`); MP4 and M4A, WebM and bare AAC through
+FFmpeg (`av`, of the extra `video`). A file's first bytes decide, not its name, and only the reader of that one kind is
+tried. No block takes more than `BLOCK` samples, so a header that lies about lengths costs no memory.
+
+Letters in shapes: S samples.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, cast
+
+import numpy as np
+
+Samples = np.ndarray[Any, np.dtype[np.float32]]
+FileSource = str | os.PathLike[str] | bytes | IO[bytes]
+"""A path, the bytes of a file, or an open binary file."""
+
+MAX_RATE = 768_000
+MAX_CHANNELS = 64
+BLOCK = 1 << 18
+"""Samples of all channels that are decoded at a time (1 MiB as float32)."""
+KNOWN = "WAV, FLAC, Ogg, MP3, AIFF, AU, CAF, M4A, WebM"
+
+
+def source_name(source: Any) -> str:
+    """What to call a sound in a message."""
+    return f"the sound {os.fspath(source)!r}" if isinstance(source, str | os.PathLike) else "the sound"
+
+
+def too_long(name: str, seconds: float | None, limit: float) -> ValueError:
+    says = "is longer than" if seconds is None else f"is {seconds:,.1f} s long, which is more than"
+    return ValueError(f"{name} {says} the {limit:g} s that are decoded; cut it, raise max_seconds, or use read_chunks")
+
+
+def decode_blocks(source: FileSource, max_seconds: float, max_bytes: int) -> Iterator[tuple[int, Samples]]:
+    """(rate, samples [S]) again and again, channels averaged. Samples may be anything, NaN too.
+
+    Raises:
+        ValueError: missing, empty, larger than `max_bytes`, of an unknown kind, damaged, or by its header longer than
+            `max_seconds`. The caller counts what is decoded: the header may lie.
+    """
+    name = source_name(source)
+    with _opened(source, name, max_bytes) as file:
+        start = file.read(16)
+        file.seek(0)
+        kind = file_kind(start)
+        if not kind:
+            raise ValueError(f"{name} is damaged or not a sound (known: {KNOWN})")
+        if kind in FFMPEG:
+            yield from _through_ffmpeg(file, name, max_seconds, FFMPEG[kind])
+        else:
+            yield from _through_sndfile(file, name, max_seconds)
+
+
+FFMPEG = {"m4a": "mov", "webm": "matroska", "aac": "aac"}
+"""Kind of file → FFmpeg's name of its reader; the others are libsndfile's."""
+
+
+def file_kind(start: bytes) -> str:
+    """The kind of a file by its first bytes, as a file name's ending; empty if it is none of a sound."""
+    if start[:4] in (b"RIFF", b"RIFX", b"RF64", b"BW64") and start[8:12] == b"WAVE":
+        return "wav"
+    if start[:4] == b"FORM" and start[8:12] in (b"AIFF", b"AIFC"):
+        return "aiff"
+    if kind := {b"fLaC": "flac", b"OggS": "ogg", b".snd": "au", b"caff": "caf", b"\x1aE\xdf\xa3": "webm"}.get(
+        start[:4]
+    ):
+        return kind
+    if start[4:8] == b"ftyp":
+        return "m4a"
+    if start[:3] == b"ID3":
+        return "mp3"
+    if len(start) > 2 and start[0] == 0xFF and start[1] & 0xE0 == 0xE0:
+        return "mp3" if start[1] & 0x06 else "aac"  # ADTS has the layer 0, which no MPEG audio layer has
+    return ""
+
+
+def average(block: np.ndarray[Any, Any]) -> Samples:
+    """[S, channels] → [S]. What overflows becomes infinite, which callers refuse."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return block[:, 0].astype(np.float32) if block.shape[1] == 1 else block.mean(1, dtype=np.float32)
+
+
+@contextmanager
+def _opened(source: Any, name: str, max_bytes: int) -> Iterator[IO[bytes]]:
+    if isinstance(source, str | os.PathLike):
+        path = Path(source)
+        if not path.is_file():  # opening a pipe would wait for its writer for ever
+            raise ValueError(f"{name} is {'not a file' if path.exists() else 'missing'}; give the path of a sound file")
+        try:
+            opened = path.open("rb")
+        except OSError as error:
+            raise ValueError(f"{name} can't be read: {error.strerror or error}") from error
+        with opened as file:
+            _check_size(name, os.fstat(file.fileno()).st_size, max_bytes)
+            yield file
+        return
+    if isinstance(source, bytes | bytearray | memoryview):
+        data = bytes(source)
+    elif hasattr(source, "read"):
+        data = source.read(max_bytes + 1)
+        if not isinstance(data, bytes):
+            raise ValueError("the sound comes from a file opened as text; open it in binary mode ('rb')")
+    else:
+        raise ValueError(
+            f"got a {type(source).__name__} for a sound; give a path, bytes, a binary file, mm.Audio or (rate, array)"
+        )
+    _check_size(name, len(data), max_bytes)
+    yield io.BytesIO(data)
+
+
+def _check_size(name: str, size: int, max_bytes: int) -> None:
+    if not size:
+        raise ValueError(f"{name} is an empty file")
+    if size > max_bytes:
+        raise ValueError(f"{name} is larger than {max_bytes:,} bytes; give a smaller file or raise max_bytes")
+
+
+def _check_header(name: str, rate: int, channels: int, seconds: float | None, max_seconds: float) -> None:
+    if not 1 <= rate <= MAX_RATE:
+        raise ValueError(f"{name} has {rate:,} samples a second; 1 to {MAX_RATE:,} can be used")
+    if not 1 <= channels <= MAX_CHANNELS:
+        raise ValueError(f"{name} has {channels:,} channels; 1 to {MAX_CHANNELS} are averaged")
+    if seconds is not None and seconds > max_seconds:
+        raise too_long(name, seconds, max_seconds)
+
+
+# --- libsndfile -----------------------------------------------------------------------------------------------------
+
+
+def _through_sndfile(file: IO[bytes], name: str, max_seconds: float) -> Iterator[tuple[int, Samples]]:
+    import soundfile
+
+    class Forward(soundfile.SoundFile):  # type: ignore[misc, unused-ignore]
+        def seekable(self) -> bool:
+            """Else soundfile seeks after each block, which fails at the end of what a header gave no length."""
+            return False
+
+    try:
+        sound = Forward(_Nameless(file))
+    except Exception as error:  # a parser fed with a stranger's bytes may raise anything
+        raise ValueError(f"{name} is damaged or not a sound: {_short(error)}") from error
+    with sound:
+        rate, channels, frames = sound.samplerate, sound.channels, sound.frames
+        known = 0 <= frames < 1 << 62  # beyond: libsndfile's word for a length that the header leaves out
+        _check_header(name, rate, channels, frames / max(1, rate) if known else None, max_seconds)
+        size, total = BLOCK // channels, 0
+        while True:
+            try:
+                block = sound.read(size, dtype="float32", always_2d=True)
+            except Exception as error:
+                raise ValueError(f"{name} is truncated or damaged ({sound.format}): {_short(error)}") from error
+            if not len(block):
+                break
+            total += len(block)
+            yield rate, average(block)
+        if known and total < frames and sound.format == "FLAC":
+            raise ValueError(
+                f"{name} is truncated: it has {total:,} of the {frames:,} samples that its header promises"
+            )
+
+
+class _Nameless:
+    """A file by its content alone: by its name, soundfile would take x.raw for samples without a header."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.seek, self.tell, self.read = file.seek, file.tell, file.read
+        self.readinto = cast(Any, file).readinto
+
+
+# --- FFmpeg ---------------------------------------------------------------------------------------------------------
+
+
+def _through_ffmpeg(file: IO[bytes], name: str, max_seconds: float, reader: str) -> Iterator[tuple[int, Samples]]:
+    try:
+        import av
+    except ImportError as error:
+        raise ValueError(
+            f"{name} is of a kind that needs FFmpeg; pip install 'mm[video]', or save it as WAV, FLAC, Ogg or MP3"
+        ) from error
+    try:
+        # One reader and no protocol: a container must not make FFmpeg open other files or addresses.
+        container: Any = av.open(file, format=reader, options={"protocol_whitelist": "none"}, metadata_errors="ignore")
+    except Exception as error:
+        raise ValueError(f"{name} is damaged or not a sound: {_short(error)}") from error
+    with container:
+        if not container.streams.audio:
+            raise ValueError(f"{name} has no sound track")
+        planes, rate = av.AudioResampler(format="fltp"), 0
+        decoding = _av_frames(container, planes)
+        while True:
+            try:
+                found = next(decoding, None)
+            except Exception as error:
+                raise ValueError(f"{name} is truncated or damaged ({reader}): {_short(error)}") from error
+            if found is None:
+                return
+            frame_rate, block = found
+            if not rate:
+                rate, length = frame_rate, container.duration
+                seconds = length / av.time_base if length and length > 0 and reader != "aac" else None
+                _check_header(name, rate, block.shape[1], seconds, max_seconds)
+            if frame_rate != rate:
+                raise ValueError(f"{name} changes its rate from {rate:,} to {frame_rate:,}; convert it to one rate")
+            for start in range(0, len(block), BLOCK // block.shape[1]):
+                yield rate, average(block[start : start + BLOCK // block.shape[1]])
+
+
+def _av_frames(container: Any, planes: Any) -> Iterator[tuple[int, np.ndarray[Any, Any]]]:
+    for frame in container.decode(container.streams.audio[0]):
+        for plane in planes.resample(frame):
+            if plane.samples:
+                yield plane.sample_rate, plane.to_ndarray().T
+
+
+def _short(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    # soundfile names the Python object that it was given
+    return (text[0].split(">: ")[-1][:200] if text else type(error).__name__).rstrip(".")
