@@ -197,14 +197,14 @@ class SentenceDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> Any:
         sentences = self.sentences["train"]
-        batches = _Batches([len(sentence) for sentence in sentences], self.batch_size, self.seed)
+        batches = SimilarLengths([len(sentence) for sentence in sentences], self.batch_size, self.seed)
         return DataLoader(cast(Any, sentences), batch_sampler=batches, collate_fn=list)
 
     def val_dataloader(self) -> Any:
         return DataLoader(cast(Any, self.sentences["validation"]), batch_size=self.batch_size, collate_fn=list)
 
 
-class _Batches(Sampler[list[int]]):
+class SimilarLengths(Sampler[list[int]]):
     """Batches of similar lengths, in an order that is new every epoch: of each 16 batches' worth that is drawn, neighbours in
     length go together."""
 

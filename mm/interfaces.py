@@ -130,6 +130,9 @@ class Configured:
 class ModalityTokenizer(Configured, abc.ABC):
     """Raw data ↔ tokens. May also be an `nn.Module` (then it has weights, and `to`, `eval` apply)."""
 
+    decodes: bool = True
+    """False: it makes prompts only, and `decode` gives an empty value that isn't valid."""
+
     @property
     @abc.abstractmethod
     def spec(self) -> Spec: ...
