@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mm import safe_io
 from mm.data.example import digest
-from mm.evaluate.protocol import Augmentation, Recipe
+from mm.evaluate.protocol import Augmentation, Recipe, Schedule
 
 MAX_BYTES = 1 << 28
 """Largest file of a judge that is read (256 MiB)."""
@@ -122,25 +122,37 @@ def train(
     for name, values in labels.items():
         if len(values) != len(pixels):
             raise ValueError(f"got {len(values)} labels {name!r} for {len(pixels)} pictures; give one a picture")
-    x = judge.look(pixels)
+    fit(judge, judge.look(pixels), labels, recipe, lambda x, rng: vary(x, recipe.augmentation, rng), seed, say)
+
+
+def fit(
+    judge: nn.Module,
+    x: Tensor,
+    labels: Mapping[str, Int[Tensor, " N"]],
+    schedule: Schedule,
+    change: Callable[[Tensor, torch.Generator], Tensor],
+    seed: int,
+    say: Say = lambda line: None,
+) -> None:
+    """The same on examples of any kind: `change` varies a batch of them, and the judge gives logits by question."""
     count = len(x)
-    size = min(recipe.batch, count)
-    steps = recipe.epochs * (count // size)
+    size = min(schedule.batch, count)
+    steps = schedule.epochs * (count // size)
     rng = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(judge.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: one_cycle(step / steps))
+    optimizer = torch.optim.AdamW(judge.parameters(), lr=schedule.learning_rate, weight_decay=schedule.weight_decay)
+    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: one_cycle(step / steps))
     judge.train()
-    for epoch in range(recipe.epochs):
+    for epoch in range(schedule.epochs):
         total = 0.0
         for rows in torch.randperm(count, generator=rng)[: count // size * size].split(size):
-            logits = judge(vary(x[rows], recipe.augmentation, rng))
-            loss = torch.stack([_loss(logits[name], labels[name][rows], recipe.smoothing) for name in labels]).sum()
+            logits = judge(change(x[rows], rng))
+            loss = torch.stack([_loss(logits[name], labels[name][rows], schedule.smoothing) for name in labels]).sum()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            schedule.step()
+            rates.step()
             total += float(loss.detach())
-        say(f"epoch {epoch + 1} of {recipe.epochs}: loss {total / (count // size):.3f}")
+        say(f"epoch {epoch + 1} of {schedule.epochs}: loss {total / (count // size):.3f}")
     judge.eval()
 
 
@@ -180,16 +192,36 @@ def obtain(
         judge = Judge(recipe, side, classes)
     asked = [values.numpy().tobytes() for _, values in sorted(labels.items())]
     settings = json.dumps([VERSION, asdict(recipe), side, seed, dict(classes)], sort_keys=True)
-    path = None if folder is None else folder / f"{name}-{digest(settings, *identity, *asked)}.safetensors"
+
+    def learn(say: Say) -> None:
+        say(f"training on {len(pixels):,} pictures")
+        train(judge, pixels, labels, recipe, seed, say)
+
+    keep(name, judge, learn, settings=settings, identity=(*identity, *asked), folder=folder, say=say)
+    return judge
+
+
+def keep(
+    name: str,
+    judge: nn.Module,
+    learn: Callable[[Say], None],
+    *,
+    settings: str,
+    identity: Sequence[str | bytes],
+    folder: Path | None,
+    say: Say = lambda line: None,
+) -> None:
+    """Fill a judge from `folder` where the same was trained before, else by `learn`, and keep it there. Settings and
+    identity decide what is the same; a file that is damaged or doesn't fit is trained anew."""
+    path = None if folder is None else folder / f"{name}-{digest(settings, *identity)}.safetensors"
     if path is not None and path.is_file():
         try:
             judge.load_state_dict(safe_io.read_tensors(path, judge.state_dict(), max_bytes=MAX_BYTES))
             say(f"{name}: read from {path.name}")
-            return judge.eval()
+            judge.eval()
+            return
         except ValueError as error:
             say(f"{name}: trained again, since {error}")
-    say(f"{name}: training on {len(pixels):,} pictures")
-    train(judge, pixels, labels, recipe, seed, lambda line: say(f"{name}: {line}"))
+    learn(lambda line: say(f"{name}: {line}"))
     if path is not None:
         safe_io.write_tensors(path, judge.state_dict(), {"name": name, "settings": settings})
-    return judge

@@ -26,20 +26,26 @@ class Augmentation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """Shape and training of a judge (`mm.evaluate.networks`)."""
+class Schedule:
+    """Training of a judge (`mm.evaluate.networks.fit`)."""
 
-    channels: int
-    """1: pictures are judged in grey."""
-    widths: tuple[int, int, int]
-    features: int
-    """Width of the penultimate layer."""
     epochs: int
     learning_rate: float = 4e-3
     weight_decay: float = 0.05
     batch: int = 128
     smoothing: float = 0.05
     """Label smoothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Schedule):
+    """Shape and training of a judge of pictures (`mm.evaluate.networks`)."""
+
+    channels: int
+    """1: pictures are judged in grey."""
+    widths: tuple[int, int, int]
+    features: int
+    """Width of the penultimate layer."""
     augmentation: Augmentation = field(default_factory=Augmentation)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mm.audio import Audio
+from mm.audio import Audio, log_mel, resample
 from mm.data.example import digest
 from mm.data.speech_corpus import require_pocketsphinx
 from mm.data.speech_grammar import KINDS, jsgf
@@ -90,12 +90,7 @@ def _hear(decoder: Any, sound: Audio) -> str:
 
 def at_rate(sound: Audio, rate: int = RATE) -> Tensor:
     """Samples float32 [S] at another rate."""
-    samples = torch.from_numpy(np.ascontiguousarray(sound.samples))
-    if sound.rate == rate:
-        return samples
-    import torchaudio
-
-    return torchaudio.functional.resample(samples, sound.rate, rate)
+    return torch.from_numpy(np.ascontiguousarray(resample(sound, rate).samples))
 
 
 # --- word errors ----------------------------------------------------------------------------------------------------
@@ -176,20 +171,11 @@ def stoi(reference: Audio, decoded: Audio) -> float | None:
 def mel_distance(reference: Audio, decoded: Audio) -> float:
     """Mean absolute difference of log-mel magnitudes (natural logarithm, 80 bins, frames of 64 ms every 16 ms)."""
     one, other = _pair(reference, decoded)
-    return float((log_mel(one) - log_mel(other)).abs().mean())
+    return float((_mel(one) - _mel(other)).abs().mean())
 
 
-def log_mel(samples: Tensor, rate: int = RATE, n_fft: int = N_FFT, hop: int = HOP, bins: int = BINS) -> Tensor:
-    """Natural logarithm of mel magnitudes, (..., bins, frames), of (..., S)."""
-    import torchaudio
-
-    flat = samples.reshape(-1, samples.shape[-1])
-    spectrum = torch.stft(
-        flat, n_fft, hop, window=torch.hann_window(n_fft), pad_mode="constant", return_complex=True
-    ).abs()  # fmt: skip
-    filters = torchaudio.functional.melscale_fbanks(n_fft // 2 + 1, 0.0, rate / 2, bins, rate)
-    mel = (filters.T @ spectrum).clamp_min(FLOOR).log()
-    return mel.reshape(*samples.shape[:-1], *mel.shape[-2:])
+def _mel(samples: Tensor) -> Tensor:
+    return log_mel(samples, rate=RATE, bins=BINS, n_fft=N_FFT, hop=HOP, floor=FLOOR)
 
 
 def si_sdr(reference: Audio, decoded: Audio) -> float:
