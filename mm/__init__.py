@@ -8,19 +8,39 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what `__getattr__` finds at run time, for type checkers and editors
+    from mm.audio import Audio as Audio
+    from mm.audio import load_audio as load_audio
     from mm.pipelines.any_to_any import AnyToAnyPipeline as AnyToAnyPipeline
     from mm.pipelines.image_to_text import ImageToTextPipeline as ImageToTextPipeline
+    from mm.pipelines.speech_to_text import SpeechToTextPipeline as SpeechToTextPipeline
     from mm.pipelines.text_to_image import TextToImagePipeline as TextToImagePipeline
+    from mm.pipelines.text_to_speech import Edit as Edit
+    from mm.pipelines.text_to_speech import TextToSpeechPipeline as TextToSpeechPipeline
 
 __version__ = "0.1.0"
 
 _LAZY = {
     "AnyToAnyPipeline": "mm.pipelines.any_to_any",
+    "Audio": "mm.audio",
+    "Edit": "mm.pipelines.text_to_speech",
     "ImageToTextPipeline": "mm.pipelines.image_to_text",
+    "SpeechToTextPipeline": "mm.pipelines.speech_to_text",
     "TextToImagePipeline": "mm.pipelines.text_to_image",
+    "TextToSpeechPipeline": "mm.pipelines.text_to_speech",
+    "load_audio": "mm.audio",
 }
 
-__all__ = ["AnyToAnyPipeline", "ImageToTextPipeline", "TextToImagePipeline", "__version__"]
+__all__ = [
+    "AnyToAnyPipeline",
+    "Audio",
+    "Edit",
+    "ImageToTextPipeline",
+    "SpeechToTextPipeline",
+    "TextToImagePipeline",
+    "TextToSpeechPipeline",
+    "__version__",
+    "load_audio",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -49,6 +49,7 @@ def adopt(model: MultimodalModel, path_or_name: str | os.PathLike[str]) -> list[
             "begin with the same ones in the same order"
         )
     model.null_seen = other.null_seen or model.null_seen
+    model.voices = other.voices or model.voices
     taken = ["backbone", "embedding", f"heads.{host.name}"]
     model.backbone.load_state_dict(other.backbone.state_dict())
     first = mine.entries[1].start if len(mine.entries) > 1 else len(mine)

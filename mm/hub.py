@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 WEIGHTS, CARD = "model.safetensors", "README.md"
 SHIPPED = Path(__file__).resolve().parent / "checkpoints"
 """Checkpoints that come with the package, by the name of their folder."""
+MAX_VOICES, MAX_NAME = 4096, 100
+"""Voices of a model, and characters of the name of one."""
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
 # --- saving ---------------------------------------------------------------------------------------------------------
@@ -73,6 +75,7 @@ def save_pretrained(
             "modalities": [_describe_modality(modality, folder) for modality in model.modalities],
             "vocabulary": model.vocabulary.to_dict(),
             "null_seen": model.null_seen,
+            "voices": list(check_voices(model.voices, "the model")),
             "sampling": {name: dataclasses.asdict(value) for name, value in (sampling or {}).items()},
         }
         safe_io.write_tensors(folder / WEIGHTS, state, {"format": "pt"})
@@ -106,6 +109,18 @@ def _describe_tokenizer(modality: Modality, folder: Path) -> dict[str, Any]:
     (folder / "tokenizers").mkdir(exist_ok=True)
     save(folder / name)
     return {"class_path": class_path("tokenizers", type(tokenizer), place), "folder": name}
+
+
+def check_voices(voices: Any, what: str) -> tuple[str, ...]:
+    """Names of voices, within bounds. Raises `ValueError` beginning with `what`."""
+    fine = isinstance(voices, list | tuple) and len(voices) <= MAX_VOICES
+    if not fine or not all(
+        isinstance(name, str) and 0 < len(name) <= MAX_NAME and name.isprintable() for name in voices
+    ):
+        raise ValueError(
+            f"{what} has voices that are no list of up to {MAX_VOICES:,} printable names of 1 to {MAX_NAME} characters"
+        )
+    return tuple(voices)
 
 
 # --- finding --------------------------------------------------------------------------------------------------------
@@ -194,6 +209,7 @@ def load_weights(model: MultimodalModel, path_or_name: str | os.PathLike[str]) -
             )
     model.load_state_dict(_read_weights(folder, model))
     model.null_seen = config.get("null_seen") or model.null_seen
+    model.voices = check_voices(config.get("voices") or [], "the checkpoint") or model.voices
 
 
 def _read_weights(folder: Path, model: MultimodalModel) -> dict[str, Any]:
@@ -271,4 +287,5 @@ def _build(config: Mapping[str, Any], tokenizers: Mapping[str, ModalityTokenizer
     backbone = attempt(lambda: BackboneConfig(**config["backbone"]), "the backbone")
     model = attempt(lambda: MultimodalModel(backbone, modalities, config["context"]), "the model")
     model.null_seen = config.get("null_seen")
+    model.voices = check_voices(config.get("voices") or [], "the checkpoint")
     return model

@@ -131,11 +131,23 @@ class ModelTraining(pl.LightningModule):
                     f"({SPREAD[0]:g} to {SPREAD[1]:g}); normalise them (mm.latents), or set unnormalized: true"
                 )
 
+    def on_fit_start(self) -> None:
+        """Ask the training data for the names of voices; streams, which can't be looked up, are not asked."""
+        from mm.data.example import Source
+
+        parts = getattr(getattr(self.trainer, "datamodule", None), "parts", {}).get("train", [])
+        found: set[str] = set()
+        for part in parts:
+            if hasattr(part.template, "voices") and isinstance(part.source, Source):
+                found |= part.template.voices(part.source)
+        self.model.voices = tuple(sorted(found | set(self.model.voices)))
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["null_seen"] = self.model.null_seen
+        checkpoint["null_seen"], checkpoint["voices"] = self.model.null_seen, list(self.model.voices)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.model.null_seen = checkpoint.get("null_seen")
+        self.model.voices = tuple(checkpoint.get("voices", ()))
 
     def validation_step(self, batch: TokenStream, batch_idx: int) -> Tensor:
         return self._step(batch, "val")

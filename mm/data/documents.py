@@ -163,6 +163,18 @@ class TextToSpeech(Template):
             return [Segment(self.speech, clip, loss=False), *document]
         return [voice_segment(name, self.text), *document]
 
+    def voices(self, source: Source) -> set[str]:
+        """Names of the speakers in a source, which documents begin with."""
+        if self.speaker_field is None:
+            return set()
+        names = set()
+        for index in range(len(source)):
+            try:
+                names.add(str(source[index][self.speaker_field]))
+            except BrokenExample:  # the loader, which meets it too, skips and counts it
+                continue
+        return names
+
 
 def voice_segment(name: str, text: str = "text") -> Segment:
     """How a document names its voice. Requests for speech begin with it."""
@@ -294,3 +306,7 @@ class Mixture(Template):
         draw = float(torch.rand((), generator=rng, dtype=torch.float64))
         chosen = next((number for number, edge in enumerate(self._edges) if draw < edge), self._last)
         return self.templates[chosen](example, rng)
+
+    def voices(self, source: Source) -> set[str]:
+        """As `TextToSpeech.voices`, of all templates that name voices."""
+        return {name for template in self.templates if hasattr(template, "voices") for name in template.voices(source)}

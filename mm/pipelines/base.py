@@ -17,6 +17,7 @@ from PIL import Image
 from torch import nn
 
 from mm import hub
+from mm.audio import EXTENSIONS, Audio, SoundSource, load_audio
 from mm.generation import Engine, Event, Request
 from mm.interfaces import Encoded, ModalityTokenizer, Sampling
 from mm.layout import Segment
@@ -27,6 +28,10 @@ P = TypeVar("P", bound="Pipeline")
 Callback = Callable[[Event], None]
 Picture = str | os.PathLike[str] | bytes | IO[bytes] | Image.Image
 """A path, the bytes of a file, an open binary file, or a PIL picture."""
+SOUNDS = frozenset(f".{name}" for name in (*EXTENSIONS, "aac", "aif", "aiff", "au", "caf", "m4a", "webm"))
+"""Endings of files that are taken for sounds, where a picture could stand too."""
+SOUND_SECONDS = 600.0
+"""Seconds of given sounds at which no more are loaded before these are encoded."""
 AT_ONCE = 1 << 24
 """Pixels of given pictures at which no more are loaded before these are encoded (4096 × 4096)."""
 MOST = 100_000
@@ -110,6 +115,14 @@ class Pipeline:
         names = ", ".join(self.model.vocabulary.index)
         raise ValueError(f"this model has no modality of pictures; it has {names}")
 
+    @property
+    def speech(self) -> str:
+        """Name of the first modality beside the host whose tokenizer is one of sound. Raises `ValueError` where there is none."""
+        for modality in self.model.modalities[1:]:
+            if modality.tokenizer.spec.sample_rate > 0:
+                return modality.name
+        raise ValueError(f"this model has no modality of sound; it has {', '.join(self.model.vocabulary.index)}")
+
     def tokenizer(self, name: str) -> ModalityTokenizer:
         return self.model.modalities[self.model.vocabulary.index[name]].tokenizer
 
@@ -145,6 +158,27 @@ class Pipeline:
                 batch, pixels = [], 0  # large pictures must not all be in memory at once
         return [Segment(self.picture, item, loss=False) for item in encoded]
 
+    def encode_sounds(self, sounds: Sequence[SoundSource]) -> list[Segment]:
+        """Given sounds, at the model's rate. Raises `ValueError` for what can't be loaded, or is longer than one item."""
+        if not sounds:
+            return []
+        tokenizer = self.tokenizer(self.speech)
+        most = longest(tokenizer)
+        encoded: list[Encoded] = []
+        batch: list[Audio] = []
+        for number, sound in enumerate(sounds, 1):
+            loaded = load_audio(sound, rate=tokenizer.spec.sample_rate)
+            if loaded.seconds > most + 0.5 / tokenizer.spec.sample_rate:
+                raise ValueError(
+                    f"a sound is {loaded.seconds:.2f} s long, and {self.speech!r} holds up to {most:.2f} s at a time; cut it"
+                )
+            batch.append(loaded)
+            full = sum(audio.seconds for audio in batch) >= SOUND_SECONDS
+            if len(batch) == self.batch_size or full or number == len(sounds):
+                encoded += tokenizer.encode_batch(batch)
+                batch = []  # they must not all be in memory at once
+        return [Segment(self.speech, item, loss=False) for item in encoded]
+
     def decode_items(self, name: str, items: Sequence[Encoded]) -> list[Any]:
         """Raw data of generated items of one modality."""
         tokenizer = self.tokenizer(name)
@@ -154,13 +188,21 @@ class Pipeline:
             for decoded in tokenizer.decode_batch(list(items[start : start + self.batch_size]))
         ]
 
-    def run(self, requests: Sequence[Request], seed: int, callback: Callback | None = None) -> list[list[Segment]]:
+    def run(
+        self,
+        requests: Sequence[Request],
+        seed: int,
+        callback: Callback | None = None,
+        *,
+        seen: Counter[bytes] | None = None,
+        batch_size: int = 0,
+    ) -> list[list[Segment]]:
         """Segments that the engine generates for each request, batch after batch. Seeds of the requests are replaced:
         they follow from `seed`, the prompt, and how many rows before had this prompt, so neither the other prompts
         nor the batch size change a result, and equal prompts give different ones. `callback` sees each step; `row`
-        counts through all batches."""
+        counts through all batches. `seen` counts prompts through several calls; `batch_size` replaces the pipeline's."""
         seed = choose_seed(seed, None)
-        seen: Counter[bytes] = Counter()
+        seen, size = Counter() if seen is None else seen, batch_size or self.batch_size
         seeded = []
         for request in requests:
             key = _digest(request.prompt)
@@ -168,9 +210,9 @@ class Pipeline:
             seen[key] += 1
         engine = Engine(self.model)
         out = []
-        for start in range(0, len(seeded), self.batch_size):
-            on_step = None if callback is None else _shifted(callback, start)
-            out += engine.generate(seeded[start : start + self.batch_size], on_step)
+        for start in range(0, len(seeded), size):
+            on_step = None if callback is None else shifted(callback, start)
+            out += engine.generate(seeded[start : start + size], on_step)
         return out
 
 
@@ -228,6 +270,11 @@ def check_count(name: str, value: int, each: int = 0) -> int:
     return number
 
 
+def longest(tokenizer: ModalityTokenizer) -> float:
+    """Seconds of the longest item of a tokenizer of sound."""
+    return tokenizer.spec.max_grid[0] / tokenizer.spec.frame_rate
+
+
 def several(value: Any, one: tuple[type, ...], what: str) -> list[Any]:
     """One or several, as several. Raises `ValueError` for what is neither; `what` names one, and what to give."""
     if isinstance(value, one) or hasattr(value, "read"):  # an open file, which would be read line by line
@@ -252,5 +299,5 @@ def _derive(seed: int, key: bytes, number: int) -> int:
     return int.from_bytes(derived[:8], "little") >> 1
 
 
-def _shifted(callback: Callback, start: int) -> Callback:
+def shifted(callback: Callback, start: int) -> Callback:
     return lambda event: callback(replace(event, row=event.row + start))
