@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from mm import plugins
+from mm.audio import Audio
 from mm.interfaces import Decoded, Encoded, ModalityTokenizer, Spec
 
 NAMES = plugins.available("tokenizers")
@@ -84,7 +85,9 @@ def content(spec: Spec, count: int, low: int = 0, high: int | None = None) -> di
 
 
 def same(a: Any, b: Any) -> bool:
-    """Equal raw data; pictures may differ by one step of rounding."""
+    """Equal raw data; pictures may differ by one step of rounding, sounds by that of 16 bits."""
+    if isinstance(a, Audio):
+        return a.rate == b.rate and a.samples.shape == b.samples.shape and np.allclose(a.samples, b.samples, atol=1e-4)
     if isinstance(a, Image.Image):
         one, two = np.asarray(a, dtype=int), np.asarray(b, dtype=int)
         return one.shape == two.shape and int(np.abs(one - two).max(initial=0)) <= 1
@@ -99,6 +102,7 @@ def test_spec(name: str, tokenizer: ModalityTokenizer) -> None:
     spec = tokenizer.spec
     assert spec == tokenizer.spec
     assert spec.fingerprint
+    assert (spec.sample_rate > 0) == (spec.frame_rate > 0), "sound has both"
     assert all(1 <= extent <= 256 for extent in spec.max_grid), "size controls state extents of 1 to 256"
     assert (spec.kind == "continuous") == (spec.dim > 0)
 
@@ -163,6 +167,11 @@ def test_round_trip(name: str, tokenizer: ModalityTokenizer) -> None:
             width, height = decoded.value.size
             if tokenizer.spec.spatial:
                 assert width * encoded.grid[0] == height * encoded.grid[1], "rows and columns have the same scale"
+        elif isinstance(raw, Audio):
+            spec, seconds = tokenizer.spec, decoded.value.seconds
+            assert decoded.value.rate == spec.sample_rate
+            assert abs(seconds - encoded.grid[0] / spec.frame_rate) <= 2 / spec.frame_rate, "elements have one length"
+            assert abs(seconds - raw.seconds) <= 2 / spec.frame_rate, "the sound keeps its length"
 
 
 def test_batches_equal_single_items(name: str, tokenizer: ModalityTokenizer) -> None:
@@ -229,6 +238,8 @@ def check(decoded: Decoded, name: str) -> None:
     assert decoded.valid == (decoded.reason == ""), "what is not valid says why"
     if isinstance(decoded.value, Image.Image):
         assert min(decoded.value.size) >= 1
+    if isinstance(decoded.value, Audio):
+        assert np.isfinite(decoded.value.samples).all()
 
 
 def test_fingerprint_follows_the_weights(name: str, tokenizer: ModalityTokenizer) -> None:
