@@ -49,6 +49,8 @@ class MultimodalModel(nn.Module):
         self.context = context
         self.null_seen: bool | None = None
         """Whether training showed it the null condition, which guidance needs; None: not known."""
+        self.voices: tuple[str, ...] = ()
+        """Names of voices that training showed it, sorted; speech may be asked for in each."""
         self.grammar = Grammar(self.vocabulary)
         self.build_document = DocumentBuilder(self.modalities, self.vocabulary)
         width = backbone.width
