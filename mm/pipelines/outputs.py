@@ -7,14 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from mm import safe_io
+from mm.audio import WRITTEN, Audio, Samples, save_audio
 from mm.interfaces import Encoded
 from mm.sheet import grid
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 TEXTS = (".txt", ".md")
+SOUNDS = WRITTEN
 
 
 @dataclass(frozen=True)
@@ -62,10 +65,42 @@ class TextOutput:
 
 
 @dataclass(frozen=True)
-class AnyOutput:
-    """Documents of text and pictures: what was generated, without what was given."""
+class AudioOutput:
+    """Sounds, text by text and within a text number by number."""
 
-    documents: list[list[str | Image.Image]]
+    audios: list[Samples]
+    """float32 [samples] each, mono, full scale ±1."""
+    sample_rate: int
+    """Samples a second of all of them."""
+    texts: list[str]
+    """The text of each sound."""
+    tokens: list[list[Encoded]]
+    """Of each sound the items that it is made of: several, where a text was too long for one."""
+    seed: int
+    """What to pass as `seed` to get the same again."""
+
+    def save(self, path: str | os.PathLike[str]) -> list[Path]:
+        """Write one sound to `path`, several to numbered files beside it (`name-01.wav`), into a folder if it is one.
+
+        The format follows the ending: .wav (also without one) or .flac, 16 bits. Each file is written whole or not at
+        all; a sound with peaks beyond full scale is made quieter as a whole, with a warning. Raises `ValueError` for an
+        unknown ending, and for a sound without samples (before anything is written).
+        """
+        places = numbered(path, len(self.audios), "speech", SOUNDS)
+        sounds = [Audio(np.asarray(audio), self.sample_rate) for audio in self.audios]
+        for number, sound in enumerate(sounds, 1):
+            if not len(sound.samples):
+                raise ValueError(f"sound {number} of {len(sounds)} has no samples, so it can't be saved")
+        for place, sound in zip(places, sounds, strict=True):
+            save_audio(place, sound)
+        return places
+
+
+@dataclass(frozen=True)
+class AnyOutput:
+    """Documents of text, pictures and sound: what was generated, without what was given."""
+
+    documents: list[list[str | Image.Image | Audio]]
     seed: int
     """What to pass as `seed` to get the same again."""
 
@@ -79,8 +114,13 @@ class AnyOutput:
         """All pictures of all documents."""
         return [part for document in self.documents for part in document if isinstance(part, Image.Image)]
 
+    @property
+    def audios(self) -> list[Audio]:
+        """All sounds of all documents."""
+        return [part for document in self.documents for part in document if isinstance(part, Audio)]
+
     def save(self, path: str | os.PathLike[str]) -> list[Path]:
-        """Write the parts as numbered files (`01-01.txt`, `01-02.png`: document, then part) into the folder `path`."""
+        """Write the parts as numbered files (`01-01.txt`, `01-02.png`, `01-03.wav`) into the folder `path`."""
         folder = Path(path)
         if folder.is_file():
             raise ValueError(f"{str(path)!r} is a file; documents are saved into a folder")
@@ -88,9 +128,12 @@ class AnyOutput:
         places = []
         for number, document in enumerate(self.documents, 1):
             for count, part in enumerate(document, 1):
-                place = folder / f"{number:02d}-{count:02d}{'.txt' if isinstance(part, str) else '.png'}"
+                ending = ".txt" if isinstance(part, str) else ".wav" if isinstance(part, Audio) else ".png"
+                place = folder / f"{number:02d}-{count:02d}{ending}"
                 if isinstance(part, str):
                     safe_io.write_text(place, part + "\n")
+                elif isinstance(part, Audio):
+                    save_audio(place, part)
                 else:
                     save_picture(part, place)
                 places.append(place)
