@@ -24,6 +24,9 @@ from mm.rows import Row
 from mm.stream import TokenStream
 from mm.tracks import Feed, gather_records
 
+Grid = tuple[int, ...] | range | None
+"""Extents of an item: given, chosen by the model within a range (of a list), or chosen by the model."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
@@ -31,8 +34,11 @@ class Request:
 
     prompt: Sequence[Segment]
     """What is given, in document order."""
-    items: Sequence[tuple[str, tuple[int, ...]]] = ()
-    """Items to open first, one after the other, each with its grid: [("image", (8, 8))]."""
+    items: Sequence[tuple[str, Grid]] = ()
+    """Items to open first, one after the other, each with its grid: [("image", (8, 8))]. Without one, None, the model chooses the
+    extents, sampling as for text; of a list within a range, if that is given: [("speech", range(8, 65))]."""
+    stretch: float = 1.0
+    """Extents of `items` that the model chose are multiplied by this and rounded."""
     text: bool = True
     """After `items`: go on with text until `eos` (which may open items by itself, if `free`)."""
     free: bool = False
@@ -56,6 +62,8 @@ class Event:
     content: Tensor
     """Local ids, or vectors, of the segment so far."""
     done: float
+    final: int = 0
+    """Leading elements that won't change any more."""
 
 
 class Engine:
@@ -170,6 +178,7 @@ class Engine:
                         context=beside[1],
                         context_scale=context_scale,
                         bias=row.bias(),
+                        given=row.given(),
                     )
                 )
             name = self.model.modalities[head].name
@@ -181,10 +190,8 @@ class Engine:
 
 
 def _ordinary(content: Encoded) -> Encoded:
-    if content.latents is not None:
-        return replace(content, latents=content.latents.clone())
-    assert content.ids is not None
-    return replace(content, ids=content.ids.clone())
+    name = next(name for name in ("ids", "codes", "latents") if getattr(content, name) is not None)
+    return replace(content, **{name: content.content.clone()})
 
 
 def assemble(feeds: Sequence[Feed], device: torch.device) -> TokenStream:

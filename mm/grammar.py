@@ -34,9 +34,9 @@ class Grammar:
             bias[self.vocabulary.begin(name)] = 0.0
         return bias
 
-    def _extent(self, largest: int) -> Float[Tensor, " V"]:
+    def _extent(self, largest: int, smallest: int = 1) -> Float[Tensor, " V"]:
         bias = torch.full((self.size,), float("-inf"))
-        bias[self.vocabulary.extent(1) : self.vocabulary.extent(largest) + 1] = 0.0
+        bias[self.vocabulary.extent(smallest) : self.vocabulary.extent(largest) + 1] = 0.0
         return bias
 
     def overhead(self, name: str) -> int:

@@ -16,10 +16,13 @@ from numbers import Integral, Real
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 Kind = Literal["discrete", "codes", "continuous"]
+
+DRAWN = -2
+"""Among given sub-codes: this one is to be drawn (−1: none stands there)."""
 
 MAX_GUIDANCE = 1_000_000
 """Beyond, logits leave the range of float32, and the weights would be blamed for it."""
@@ -180,6 +183,10 @@ class Layout:
     """True when the position before the item predicts its first element (raster)."""
     inject: dict[str, Float[Tensor, "P F"]] = field(default_factory=dict)
     """Vectors the backbone gets beside the content (mask rate, micro-conditions)."""
+    held: Shaped[Tensor, "P ..."] | None = None
+    """What each position holds, where that isn't an element as it is: sub-codes of several frames (delay), −1 = none."""
+    reads: Shaped[Tensor, "P ..."] | None = None
+    """What the backbone reads there, where it differs from what is to be predicted there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,6 +281,15 @@ class Order(Configured, abc.ABC):
     along: bool = False
     """Whether a list (one axis) that comes right after a text runs along it: its elements' rotary coordinates are spread over
     the text's, so that they say how far the text has come, and the list's extent how fast (ARDiT, section 3.2)."""
+    beside: bool = False
+    """Whether an item's elements are evaluated once more beside its clean positions, and the cache needs room for both."""
+
+    def check(self, spec: Spec) -> None:  # noqa: B027 most orders take every kind of token
+        """Raises `ValueError` for a tokenizer whose tokens this order can't lay out."""
+
+    def places(self, count: int, spec: Spec) -> int:
+        """Clean positions that an item of `count` elements takes."""
+        return count
 
     @abc.abstractmethod
     def layout(self, encoded: Encoded, *, context: bool, rng: torch.Generator) -> Layout:
@@ -288,13 +304,18 @@ class Order(Configured, abc.ABC):
         rng: torch.Generator,
         known: tuple[Tensor, Bool[Tensor, " N"]] | None = None,
         dim: int = 0,
+        num_codes: int = 0,
     ) -> Session:
         """The step plan that generates one item of this grid. `known` = (content, which of it is given): inpainting, prefix
-        completion; orders that cannot honour it raise `ValueError`. `dim`: width of its vectors; 0 = it has ids."""
+        completion; orders that cannot honour it raise `ValueError`. `dim`: width of its vectors; `num_codes`: sub-codes of an
+        element; both 0 = it has ids."""
 
 
 class Session(abc.ABC):
     """Generation of one item, step by step. The engine asks `propose`, evaluates, samples, and calls `accept`."""
+
+    lays_out: bool = False
+    """An autoregressive session says by `settled` what enters the cache; otherwise its elements do, one by one, as they are."""
 
     @abc.abstractmethod
     def propose(self) -> Proposal | None:
@@ -305,13 +326,16 @@ class Session(abc.ABC):
         """The head's draws for the elements that `propose` asked about, and the log-probability of each (untempered)."""
 
     def settled(self) -> Layout | None:
-        """Elements that are final since the last call and enter the cache now, before the item is complete, laid out clean.
-        Autoregressive sessions leave this to the engine."""
+        """What is final since the last call and enters the cache now, before the item is complete, laid out clean."""
         return None
 
     @abc.abstractmethod
     def content(self) -> Tensor:
         """What is generated so far (elements not yet known hold 0)."""
+
+    def final(self) -> int:
+        """How many of the leading elements won't change any more; sound is played as far as that."""
+        return 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -326,6 +350,10 @@ class Proposal:
     content: Tensor | None = None
     """What the fed positions hold, element by element (any value where time = 1)."""
     layout: Layout | None = None
+    given: Int[Tensor, "n K"] | None = None
+    """Sub-codes at the sampled positions: given ones, −1 = none stands there, `DRAWN`; None: all are drawn."""
+    greedy: bool = False
+    """The likeliest are taken, whatever the temperature (VALL-E's later stages)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -346,6 +374,8 @@ class Draw:
     """Its scale k in u + k·(i − u) + s·(c − i)."""
     bias: Float[Tensor, " V"] | None = None
     """Added to the logits: −inf where the grammar forbids an id."""
+    given: Int[Tensor, "m K"] | None = None
+    """As `Proposal.given`: for heads that draw one sub-code after another, each given those before it."""
 
     @property
     def is_guided(self) -> bool:

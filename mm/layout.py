@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mm.interfaces import Encoded, Layout, Modality, Order
-from mm.stream import Placed, TokenStream
+from mm.stream import Placed, TokenStream, join
 from mm.vocabulary import Vocabulary
 
 NULL = "null"
@@ -30,6 +30,11 @@ def stretch(order: Order, grid: Sequence[int], cursor: float, span: Span | None)
     if not order.along or span is None or len(grid) != 1 or not grid[0] or not span[1]:
         return cursor, 1.0
     return span[0], span[1] / grid[0]
+
+
+def holdings(content: Tensor, layout: Layout) -> Tensor:
+    """What each position of an item holds."""
+    return content[layout.element] if layout.held is None else layout.held
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,12 @@ class DocumentBuilder:
                 f"{modality.name}: its content has shape {tuple(content.shape)} of {content.dtype}, expected {wanted} "
                 f"{'numbers' if spec.dim else 'sub-codes'} an element"
             )
+        if spec.kind == "codes" and len(content):
+            low, high = (int(x) for x in content.aminmax())
+            if low < 0 or high >= spec.vocab_size:
+                raise ValueError(
+                    f"{modality.name}: sub-codes span {low}..{high}, but its tokenizer has 0..{spec.vocab_size - 1}"
+                )
         if spec.kind == "continuous" and not bool(content.isfinite().all()):
             raise ValueError(
                 f"{modality.name}: its vectors hold values that are not numbers; look at what encoded them"
@@ -109,7 +120,7 @@ class Draft:
         self.vocabulary = vocabulary
         self.parts: dict[str, list[Tensor]] = {}
         self.links: list[tuple[int, int, float]] = []
-        self.records: dict[str, dict[str, list[tuple[Tensor, Tensor]]]] = {"codes": {}, "latents": {}, "inject": {}}
+        self.records: dict[str, dict[str, list[Placed]]] = {"codes": {}, "latents": {}, "inject": {}}
         self.length = self.order = 0
         self.cursor = 0.0
         self.span: Span | None = None
@@ -141,8 +152,8 @@ class Draft:
         count = len(layout.element)
         if not count:
             return
-        entry, held = self.vocabulary.entries[number], content[layout.element]
-        ids = torch.full((count,), -1)
+        entry, held = self.vocabulary.entries[number], holdings(content, layout)
+        ids, places = torch.full((count,), -1), self.length + torch.arange(count)
         if entry.kind == "discrete":
             low, high = (int(x) for x in content.aminmax())
             if low < 0 or high >= entry.size:
@@ -154,9 +165,10 @@ class Draft:
                 raise ValueError(
                     f"{entry.name}: the latents hold values that are not numbers; its tokenizer is damaged"
                 )
-            self.records[kind].setdefault(entry.name, []).append((held, self.length + torch.arange(count)))
+            record = Placed(values=held.long() if kind == "codes" else held, index=places, reads=layout.reads)
+            self.records[kind].setdefault(entry.name, []).append(record)
         for name, vectors in layout.inject.items():
-            self.records["inject"].setdefault(name, []).append((vectors, self.length + torch.arange(count)))
+            self.records["inject"].setdefault(name, []).append(Placed(values=vectors, index=places))
         if layout.enters and weight and self.predictor >= 0:
             self.links.append((self.predictor, self.length, weight))
         inside = (layout.target >= 0) & (layout.target < count) if weight else torch.zeros(count, dtype=torch.bool)
@@ -188,13 +200,7 @@ class Draft:
             index = torch.tensor(where)
             merged["target"][index] = torch.tensor(target)
             merged["weight"][index] = torch.tensor(weight)
-        records = {
-            kind: {
-                name: Placed(values=torch.cat([v for v, _ in rows]), index=torch.cat([i for _, i in rows]))
-                for name, rows in named.items()
-            }
-            for kind, named in self.records.items()
-        }
+        records = {kind: {name: join(parts) for name, parts in named.items()} for kind, named in self.records.items()}
         stream = TokenStream(document=torch.zeros(self.length, dtype=torch.int64), **merged | records)
         stream.__dict__["lengths"] = [self.length]
         return stream

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -12,12 +13,12 @@ import torch
 from torch import Tensor
 
 from mm.grid import coordinates
-from mm.interfaces import Encoded, Layout, Proposal, Sampling, Session
-from mm.layout import NULL, Segment
+from mm.interfaces import Encoded, Layout, Modality, Proposal, Sampling, Session
+from mm.layout import NULL, Segment, holdings
 from mm.tracks import Feed, Track
 
 if TYPE_CHECKING:
-    from mm.generation import Request
+    from mm.generation import Grid, Request
     from mm.model import MultimodalModel
     from mm.vocabulary import Entry
 
@@ -36,25 +37,35 @@ class Row:
         self.session: Session | None = None
         self.proposal: Proposal | None = None
         self.state = "text"
-        self.news: tuple[str, Callable[[], Tensor], float] | None = None
+        self.news: tuple[str, Callable[[], Tensor], float, int] | None = None
         self.head, self.item = 0, 0
         self.grid: tuple[int, ...] = ()
+        self.within: range | None = None
+        """Bounds of the extent that is being asked for, and what it is multiplied by."""
+        self.stretch = 1.0
         self._prompt()
-        forced = 0
+        forced = most = 0
         for name, grid in self.forced:
             self._check_item(name, grid)
-            forced += self.grammar.overhead(name) + math.prod(grid)
+            forced += self._span(name, grid)[0]
+            most += self._span(name, grid)[1]
         if self.known is not None:
             self._check_known(self.known[0])
-        limit = self.main.length + forced + (request.max_tokens if request.text else 0)
+        limit = self.main.length + most + (request.max_tokens if request.text else 0)
         if self.main.length + forced + bool(request.text) > model.context:
             raise ValueError(
                 f"the prompt takes {self.main.length} positions and what is asked for {forced + bool(request.text)}, but the "
                 f"context holds {model.context}; shorten the prompt"
             )
         self.limit = min(limit, model.context)
-        self.need = self.limit + 2  # a twin adds `bos null` to an item that fits the row
-        names = [name for name, _ in self.forced] + (self._openable_names() if request.free else [])
+        free = self._openable_names() if request.free else []
+        names = [name for name, _ in self.forced] + free
+        largest = [self._counts(name, grid)[1] for name, grid in self.forced if self._modality(name).order.beside]
+        largest += [
+            min(self.limit, math.prod(self.vocabulary[n].max_grid)) for n in free if self._modality(n).order.beside
+        ]
+        # a twin adds `bos null` to an item that fits the row; some items are evaluated once more beside themselves
+        self.need = self.limit + 2 + max(largest, default=0)
         samplings = [self._sampling(name) for name in names]
         self.guided = any(sampling.guided for sampling in samplings)
         self.most_twins = max(((1 if s.context_guidance is None else 2) * s.guided for s in samplings), default=0)
@@ -63,14 +74,42 @@ class Row:
     def _sampling(self, name: str) -> Sampling:
         return self.request.by_modality.get(name, self.request.sampling)
 
-    def _check_item(self, name: str, grid: tuple[int, ...]) -> None:
+    def _counts(self, name: str, grid: Grid) -> tuple[int, int]:
+        """The fewest and the most elements that a forced item may have."""
+        if isinstance(grid, tuple):
+            return math.prod(grid), math.prod(grid)
+        most = math.prod(self.vocabulary[name].max_grid)
+        return (1, most) if grid is None else (grid[0], min(grid[-1], most))
+
+    def _span(self, name: str, grid: Grid) -> tuple[int, int]:
+        """The fewest and the most positions that it may take."""
+        around, (least, most) = self.grammar.overhead(name), self._counts(name, grid)
+        return around + self._places(name, least), around + self._places(name, most)
+
+    def _check_item(self, name: str, grid: Grid) -> None:
         """Refuse what cannot be generated before anything runs."""
         entry = self.vocabulary[name]
         if entry is self.vocabulary.host:
             raise ValueError(f"{name} is written as text, not opened as an item; leave it out of `items`")
-        if entry.kind == "codes":
-            raise ValueError(f"this engine does not generate items of sub-codes yet, got {name}")
-        self.vocabulary.opening(name, grid)
+        if isinstance(grid, tuple):
+            self.vocabulary.opening(name, grid)
+            return
+        if self.known is not None:
+            raise ValueError(f"`known` gives elements of {name}, whose extents the model is to choose; name its grid")
+        axes = len(entry.max_grid)
+        if not axes or (grid is not None and (axes > 1 or grid.step != 1 or not 0 < grid.start < grid.stop)):
+            raise ValueError(
+                f"the extents of {name} can't be left to the model with {grid}: only items with a stated extent have one to "
+                "choose, and a range, counted by ones from 1 or more, bounds a list's"
+            )
+
+    def _modality(self, name: str) -> Modality:
+        return self.model.modalities[self.vocabulary.index[name]]
+
+    def _places(self, name: str, count: int) -> int:
+        """Positions that an item's elements take."""
+        modality = self._modality(name)
+        return modality.order.places(count, modality.tokenizer.spec)
 
     def _check_known(self, content: Tensor) -> None:
         if not self.forced:
@@ -83,9 +122,18 @@ class Row:
                     f"`known` has shape {tuple(content.shape)}; {entry.name} needs finite vectors of width {dim}"
                 )
             return
+        size = entry.size
+        if entry.kind == "codes":
+            spec = self._modality(entry.name).tokenizer.spec
+            size = spec.vocab_size
+            if content.ndim != 2 or content.shape[1] != spec.num_codes or content.is_floating_point():
+                raise ValueError(
+                    f"`known` has shape {tuple(content.shape)} of {content.dtype}; {entry.name} needs {spec.num_codes} "
+                    "sub-codes an element, as whole numbers"
+                )
         low, high = (int(x) for x in content.aminmax()) if len(content) else (0, 0)
-        if low < 0 or high >= entry.size:
-            raise ValueError(f"`known` holds ids {low}..{high}; those of {entry.name} are 0..{entry.size - 1}")
+        if low < 0 or high >= size:
+            raise ValueError(f"`known` holds ids {low}..{high}; those of {entry.name} are 0..{size - 1}")
 
     def _prompt(self) -> None:
         given = [replace(segment, loss=False) for segment in self.request.prompt]  # clean, whatever the default
@@ -95,8 +143,6 @@ class Row:
             raise ValueError(
                 f"the prompt takes {len(stream)} positions, but the context holds {self.model.context}; shorten the prompt"
             )
-        if stream.codes:
-            raise ValueError("prompts with sub-codes are not supported by this engine yet")
         self.main.given(draft)
 
     # --- the state machine --------------------------------------------------------------------------------------------
@@ -109,10 +155,15 @@ class Row:
                 return
             self._close()
         if self.forced:
-            name, self.grid = self.forced.pop(0)
+            name, grid = self.forced.pop(0)
             self._open(name)
-            self._extents(self.vocabulary.opening(name, self.grid)[1:])
-            self._begin_session()
+            if isinstance(grid, tuple):
+                self.grid = grid
+                self._extents(self.vocabulary.opening(name, grid)[1:])
+                self._begin_session()
+            else:
+                self.grid, self.state, self.head = (), "extent", 0
+                self.within, self.stretch = grid, self.request.stretch
         elif not self.request.text:
             self.state = "done"
         else:
@@ -155,18 +206,19 @@ class Row:
     def _begin_session(self) -> None:
         modality = self.model.modalities[self.item]
         known, self.known = self.known, None
-        dim, sampling = modality.tokenizer.spec.dim, self._sampling(modality.name)
-        self.session = modality.order.session(self.grid, sampling, self.generator, known, dim)
+        spec, sampling = modality.tokenizer.spec, self._sampling(modality.name)
+        num_codes = spec.num_codes if spec.kind == "codes" else 0
+        self.session = modality.order.session(self.grid, sampling, self.generator, known, spec.dim, num_codes)
         self.places = coordinates(self.grid).tolist()
         for track in self._tracks():
             track.enter(modality.order, self.grid)
-        self.state, self.head, self.fed, self.orders = "item", self.item, 0, 0
+        self.state, self.head, self.fed, self.orders, self.extent = "item", self.item, 0, 0, 0.0
         self._settle()
         self.proposal = self.session.propose()
         if self.proposal is None:
             self._advance()
             return
-        if self.proposal.autoregressive:
+        if self.proposal.autoregressive and not self.session.lays_out:
             for token in self.session.content():
                 self._feed_element(token)
 
@@ -183,7 +235,9 @@ class Row:
     def _feed_layout(self, track: Track, content: Tensor, layout: Layout) -> None:
         """Clean elements of the open item, and what is injected beside them."""
         first = len(track.ids)
-        places = zip(content[layout.element], layout.order.tolist(), layout.position.tolist(), strict=True)
+        held = holdings(content, layout) if layout.reads is None else layout.reads
+        places = zip(held, layout.order.tolist(), layout.position.tolist(), strict=True)
+        self.extent = max(self.extent, float(layout.position.max()) + 1.0)
         for token, order, place in places:
             track.element(self.entry, self.item, token, order, place)
         for name, vectors in layout.inject.items():
@@ -198,6 +252,7 @@ class Row:
     def _feed_element(self, token: Tensor) -> None:
         for track in self._tracks():
             track.element(self.entry, self.item, token, self.fed, self.places[self.fed])
+        self.extent = max(self.extent, max(self.places[self.fed]) + 1.0)
         self.fed += 1
         self.orders = self.fed
 
@@ -207,17 +262,15 @@ class Row:
         modality, content = self.model.modalities[self.item], self.session.content()
         self.twins = []
         micro = getattr(modality.order, "micro", ())
-        if self.entry.kind == "continuous":
-            encoded = Encoded(grid=self.grid, latents=content, micro=micro)
-        else:
-            encoded = Encoded(grid=self.grid, ids=content, micro=micro)
+        kind = {"discrete": "ids", "codes": "codes", "continuous": "latents"}[self.entry.kind]
+        encoded = Encoded(grid=self.grid, micro=micro, **{kind: content})
         self.segments.append(Segment(modality.name, encoded))
         orders = self.orders
         if not self.fed:
             layout = modality.order.layout(encoded, context=True, rng=self.generator)
             self._feed_layout(self.main, content, layout)
             orders = int(layout.order.max()) + 1
-        self.main.leave(orders, max(max(place) for place in self.places) + 1.0)
+        self.main.leave(orders, self.extent)
         self.main.controls([self.vocabulary.end(modality.name)])
         self.session = self.proposal = None
 
@@ -258,42 +311,62 @@ class Row:
         return [track.scratch(self.entry, self.item, content, layout, read) for track in self._tracks()]
 
     def sampling(self, head: int) -> Sampling:
-        return self._sampling(self.model.modalities[head].name)
+        sampling = self._sampling(self.model.modalities[head].name)
+        greedy = self.state == "item" and self.proposal is not None and self.proposal.greedy
+        return replace(sampling, temperature=0.0) if greedy else sampling
 
     def bias(self) -> Tensor | None:
         """The grammar's bias on the head's logits, or None where every id is allowed."""
         room = self.limit - self.main.length
         if self.state == "text":
-            openable = tuple(n for n in self._openable_names() if room >= self.grammar.overhead(n) + 2)
+            openable = tuple(n for n in self._openable_names() if room > self.grammar.overhead(n) + self._places(n, 1))
             return self.grammar.text(openable if self.request.free else (), room > 1).to(self.model.device)
         if self.state == "extent":
-            name = self.vocabulary.entries[self.item].name
-            inside = room - self.grammar.overhead(name) + 1 + len(self.grid)
-            return self.grammar.extent(self.grammar.largest(name, self.grid, inside)).to(self.model.device)
+            largest = self._largest_extent()
+            lo, hi = (1, largest) if self.within is None else (self.within.start, min(self.within.stop - 1, largest))
+            return self.grammar.extent(hi, min(lo, hi)).to(self.model.device)
         return None
 
+    def _largest_extent(self) -> int:
+        """What the open item's next axis may be, so that the item fits, and those that are still to be opened."""
+        name = self.entry.name
+        room = self.limit - self.main.length - sum(self._span(name, grid)[0] for name, grid in self.forced)
+        inside = self._elements(name, room - self.grammar.overhead(name) + 1 + len(self.grid))
+        return self.grammar.largest(name, self.grid, inside)
+
     def _openable_names(self) -> list[str]:
-        return [entry.name for entry in self.vocabulary.entries[1:] if entry.max_grid and entry.kind != "codes"]
+        return [entry.name for entry in self.vocabulary.entries[1:] if entry.max_grid]
+
+    def _elements(self, name: str, room: int) -> int:
+        """The most elements that fit in `room` positions."""
+        return bisect_right(range(1, room + 1), room, key=lambda count: self._places(name, count))
+
+    def given(self) -> Tensor | None:
+        """Sub-codes that the head needn't draw."""
+        return None if self.state != "item" or self.proposal is None else self.proposal.given
 
     def accept(self, tokens: Tensor, log_prob: Tensor | None) -> None:
         """What the head drew for this row."""
         if self.state == "text":
             self._accept_text(int(tokens[0]))
         elif self.state == "extent":
-            self.grid = (*self.grid, int(tokens[0]) - self.vocabulary.extent(1) + 1)
-            self._extents([int(tokens[0])])
+            extent = int(tokens[0]) - self.vocabulary.extent(1) + 1
+            if self.stretch != 1.0:
+                extent = max(1, min(round(extent * self.stretch), self._largest_extent()))
+            self.grid = (*self.grid, extent)
+            self._extents([self.vocabulary.extent(extent)])
             if len(self.grid) == len(self.vocabulary.entries[self.item].max_grid):
                 self._begin_session()
         else:
             assert self.session is not None
             session, name = self.session, self.vocabulary.entries[self.item].name
             session.accept(tokens, log_prob)
-            if self.proposal is not None and self.proposal.autoregressive:
+            if self.proposal is not None and self.proposal.autoregressive and not session.lays_out:
                 self._feed_element(tokens[0])
             self._settle()
             self._advance()
             done = self.proposal.done if self.session is session and self.proposal is not None else 1.0
-            self.news = (name, session.content, done)
+            self.news = (name, session.content, done, session.final())
 
     def _accept_text(self, token: int) -> None:
         if token < self.vocabulary.host.size:
@@ -302,7 +375,7 @@ class Row:
             self.main.span = (start, len(self.text))
             self.main.controls([token])
             done = len(self.text) / max(1, self.request.max_tokens)
-            self.news = (self.vocabulary.host.name, partial(torch.tensor, self.text), done)
+            self.news = (self.vocabulary.host.name, partial(torch.tensor, self.text), done, len(self.text))
             if self.limit - self.main.length < 2:  # what is left is `eos`, which needs no asking
                 self._finish()
         elif token == self.vocabulary.control("eos"):
@@ -311,10 +384,12 @@ class Row:
             name = next(n for n in self._openable_names() if self.vocabulary.begin(n) == token)
             self._open(name)
             self.grid, self.state, self.head = (), "extent", 0
+            self.within, self.stretch = None, 1.0
 
-    def event(self) -> tuple[str, Tensor, float] | None:
-        """(modality, content so far, fraction done) of what the last pass drew, once, for a progress callback."""
+    def event(self) -> tuple[str, Tensor, float, int] | None:
+        """(modality, content so far, fraction done, elements that are final) of what the last pass drew, once, for a progress
+        callback."""
         if self.news is None:
             return None
-        (name, content, done), self.news = self.news, None
-        return name, content(), done
+        (name, content, done, final), self.news = self.news, None
+        return name, content(), done, final

@@ -28,6 +28,8 @@ class Placed:
     values: Tensor
     """C rows: (C, K) sub-codes, (C, D) latents or injected vectors."""
     index: Int[Tensor, " C"]
+    reads: Tensor | None = None
+    """C rows: what the backbone reads there, where it differs from `values`, which is what is to be predicted there."""
 
     def __post_init__(self) -> None:
         if self.index.ndim != 1 or len(self.values) != len(self.index):
@@ -35,6 +37,39 @@ class Placed:
                 f"a record has {len(self.values)} values but {tuple(self.index.shape)} indices; "
                 "give one index a value, in one dimension"
             )
+        if self.reads is not None and len(self.reads) != len(self.values):
+            raise ValueError(
+                f"a record has {len(self.values)} values, but {len(self.reads)} rows to be read in their place; give as many"
+            )
+
+    @property
+    def read(self) -> Tensor:
+        """What the backbone reads."""
+        return self.values if self.reads is None else self.reads
+
+    def at(self, chosen: Tensor, offset: int = 0) -> Placed:
+        """Some of the rows, `offset` further on."""
+        reads = None if self.reads is None else self.reads[chosen]
+        return Placed(values=self.values[chosen], index=self.index[chosen] + offset, reads=reads)
+
+    def moved(self, offset: int) -> Placed:
+        """The same, `offset` further on."""
+        return Placed(values=self.values, index=self.index + offset, reads=self.reads)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Placed:
+        reads = None if self.reads is None else function(self.reads)
+        return Placed(values=function(self.values), index=function(self.index), reads=reads)
+
+
+def join(records: Sequence[Placed]) -> Placed:
+    """Records of one name as one; where some have their own `reads`, the others read their values."""
+    if len(records) == 1:
+        return records[0]
+    return Placed(
+        values=torch.cat([r.values for r in records]),
+        index=torch.cat([r.index for r in records]),
+        reads=torch.cat([r.read for r in records]) if any(r.reads is not None for r in records) else None,
+    )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -142,10 +177,7 @@ class TokenStream:
     def _map(self, function: Callable[[Tensor], Tensor]) -> TokenStream:
         changed: dict[str, Any] = {name: function(getattr(self, name)) for name in POSITIONAL}
         for kind in RECORDS:
-            changed[kind] = {
-                name: Placed(values=function(r.values), index=function(r.index))
-                for name, r in getattr(self, kind).items()
-            }
+            changed[kind] = {name: record.map(function) for name, record in getattr(self, kind).items()}
         moved = replace(self, **changed)
         for name in ("lengths", "runs"):  # derived facts stay true, and were computed where it is cheap
             if name in self.__dict__:
@@ -167,7 +199,7 @@ def pack(streams: Sequence[TokenStream], capacity: int | None = None) -> TokenSt
     if capacity is not None and total > capacity:
         raise ValueError(f"pack got {len(streams)} streams of {total} positions in all, but the capacity is {capacity}")
     parts: dict[str, list[Tensor]] = {name: [] for name in POSITIONAL}
-    records: dict[str, dict[str, list[tuple[Tensor, Tensor]]]] = {kind: {} for kind in RECORDS}
+    records: dict[str, dict[str, list[Placed]]] = {kind: {} for kind in RECORDS}
     offset, documents = 0, 0
     for stream in streams:
         for name in POSITIONAL:
@@ -179,19 +211,12 @@ def pack(streams: Sequence[TokenStream], capacity: int | None = None) -> TokenSt
             parts[name].append(value)
         for kind in RECORDS:
             for name, record in getattr(stream, kind).items():
-                records[kind].setdefault(name, []).append((record.values, record.index + offset))
+                records[kind].setdefault(name, []).append(record.moved(offset))
         offset += len(stream)
         documents += stream.num_documents
     merged: dict[str, Any] = {name: torch.cat(values) for name, values in parts.items()}
     packed = TokenStream(
-        **merged
-        | {
-            kind: {
-                name: Placed(values=torch.cat([v for v, _ in rows]), index=torch.cat([i for _, i in rows]))
-                for name, rows in named.items()
-            }
-            for kind, named in records.items()
-        },
+        **merged | {kind: {name: join(parts) for name, parts in named.items()} for kind, named in records.items()},
     )
     packed.__dict__["lengths"] = [n for stream in streams for n in stream.lengths]
     return packed
@@ -210,7 +235,7 @@ def unpack(stream: TokenStream) -> list[TokenStream]:
             for name, record in getattr(stream, kind).items():
                 inside = (record.index >= start) & (record.index < end)
                 if inside.any():
-                    changed[kind][name] = Placed(values=record.values[inside], index=record.index[inside] - start)
+                    changed[kind][name] = record.at(inside, -start)
         out.append(TokenStream(**changed))
         start = end
     return out

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from mm.interfaces import Layout, Order
-from mm.layout import Draft, Span, stretch
-from mm.stream import Placed
+from mm.layout import Draft, Span, holdings, stretch
+from mm.stream import RECORDS, Placed, join
 
 if TYPE_CHECKING:
     from mm.vocabulary import Entry
@@ -85,8 +85,8 @@ class Track:
     def element(self, entry: Entry, number: int, token: Tensor, offset: int, coordinate: Sequence[float]) -> None:
         """One element of an open item; `order` and `cursor` stay at the item's beginning until `leave`."""
         c, rate = self.start, self.rate
-        if entry.kind == "continuous":
-            self.record("latents", entry.name, token, len(self.ids))
+        if entry.kind != "discrete":
+            self.record(kind_of(entry), entry.name, token, len(self.ids))
         place = (c + rate * coordinate[0], c + rate * coordinate[1], c + rate * coordinate[2])
         self._push(number, global_id(entry, token), self.order + offset, place)
 
@@ -95,9 +95,9 @@ class Track:
         stream, self.span = draft.stream(), draft.span
         self.modality, self.ids, self.orders = stream.modality.tolist(), stream.ids.tolist(), stream.order.tolist()
         self.position = [(a, b, c) for a, b, c in stream.position.tolist()]
-        for kind in ("latents", "inject"):
+        for kind in RECORDS:
             for name, record in getattr(stream, kind).items():
-                self.records[kind, name] = (list(record.values), record.index.tolist())
+                self.records[kind, name] = (list(record.read), record.index.tolist())
         self.length = len(stream)
         self.order, self.cursor = max(self.orders) + 1, float(stream.position.max()) + 1.0
 
@@ -136,11 +136,11 @@ class Track:
 
     def scratch(self, entry: Entry, number: int, content: Tensor, layout: Layout, read: Tensor) -> Feed:
         """Positions of an item under way, evaluated and not kept."""
-        held, count = content[layout.element], len(layout.element)
+        held, count = holdings(content, layout), len(layout.element)
         places = torch.arange(count)
         records: Records = {("inject", name): (vectors, places) for name, vectors in layout.inject.items()}
-        if entry.kind == "continuous":
-            records["latents", entry.name] = (held, places)
+        if entry.kind != "discrete":
+            records[kind_of(entry), entry.name] = (held if layout.reads is None else layout.reads, places)
             ids = [-1] * count
         else:
             ids = (held + entry.start).tolist()
@@ -159,22 +159,25 @@ class Track:
         )
 
 
+def kind_of(entry: Entry) -> str:
+    """The kind of record that holds a modality's elements, where they aren't ids."""
+    return "codes" if entry.kind == "codes" else "latents"
+
+
 def global_id(entry: Entry, token: Tensor) -> int:
-    """The vocabulary's id of an element; −1 where its content is a vector."""
-    return -1 if entry.kind == "continuous" else entry.start + int(token)
+    """The vocabulary's id of an element; −1 where its content is sub-codes or a vector."""
+    return entry.start + int(token) if entry.kind == "discrete" else -1
 
 
 def gather_records(feeds: Sequence[Feed], lengths: Sequence[int]) -> dict[str, dict[str, Placed]]:
     """Records of all feeds of a pass, by kind and name, at their places in the packed stream."""
-    gathered: dict[tuple[str, str], tuple[list[Tensor], list[Tensor]]] = {}
+    gathered: dict[tuple[str, str], list[Placed]] = {}
     base = 0
     for feed, length in zip(feeds, lengths, strict=True):
         for key, (vectors, index) in feed.records.items():
-            values, places = gathered.setdefault(key, ([], []))
-            values.append(vectors)
-            places.append(index + base)
+            gathered.setdefault(key, []).append(Placed(values=vectors, index=index + base))
         base += length
     out: dict[str, dict[str, Placed]] = {}
-    for (kind, name), (values, places) in gathered.items():
-        out.setdefault(kind, {})[name] = Placed(values=torch.cat(values), index=torch.cat(places))
+    for (kind, name), parts in gathered.items():
+        out.setdefault(kind, {})[name] = join(parts)
     return out

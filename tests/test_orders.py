@@ -208,7 +208,8 @@ def test_nothing_to_fill_in_is_done_at_once() -> None:
 
 
 def test_sub_codes_are_decided_together() -> None:
-    session = Masked().session((2, 2), Sampling(steps=2), RNG())
+    session = Masked().session((2, 2), Sampling(steps=2), RNG(), num_codes=3)
+    assert session.content().shape == (4, 3)
     session.accept(torch.arange(12).view(4, 3), torch.tensor([-1.0, -9, -2, -8]))
     assert session.content().shape == (4, 3)
     with pytest.raises(ValueError, match="this head gives none"):

@@ -126,6 +126,7 @@ class Blocks(Order):
         rng: torch.Generator,
         known: tuple[Tensor, Bool[Tensor, " N"]] | None = None,
         dim: int = 0,
+        num_codes: int = 0,
     ) -> Session:
         if not dim:
             raise ValueError("the blocks order makes vectors; this tokenizer has ids: give it raster or masked order")
@@ -216,3 +217,6 @@ class BlocksSession(Session):
 
     def content(self) -> Tensor:
         return self.values
+
+    def final(self) -> int:
+        return int((self.block < self.current).long().cumprod(0).sum())

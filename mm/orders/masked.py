@@ -119,8 +119,9 @@ class Masked(Order):
         rng: torch.Generator,
         known: tuple[Tensor, Bool[Tensor, " N"]] | None = None,
         dim: int = 0,
+        num_codes: int = 0,
     ) -> Session:
-        return MaskedSession(self, grid, sampling.steps or self.default_steps, rng, known, dim)
+        return MaskedSession(self, grid, sampling.steps or self.default_steps, rng, known, dim, num_codes)
 
 
 class MaskedSession(Session):
@@ -134,11 +135,13 @@ class MaskedSession(Session):
         rng: torch.Generator,
         known: tuple[Tensor, Tensor] | None,
         dim: int,
+        num_codes: int = 0,
     ) -> None:
         self.order, self.grid, self.steps, self.rng = order, grid, steps, rng
         self.count = math.prod(grid)
         self.step = 0
-        self.values = torch.zeros(self.count, dim) if dim else torch.zeros(self.count, dtype=torch.int64)
+        shape = (self.count, num_codes) if num_codes else (self.count,)
+        self.values = torch.zeros(self.count, dim) if dim else torch.zeros(shape, dtype=torch.int64)
         self.hidden = torch.ones(self.count, dtype=torch.bool)
         if known is not None:
             content, given = known
@@ -170,15 +173,10 @@ class MaskedSession(Session):
         return Proposal(autoregressive=False, done=done, content=self.content(), layout=layout)
 
     def accept(self, sample: Tensor, log_prob: Float[Tensor, " n"] | None) -> None:
-        if (self.values.shape[1:], self.values.dtype) != (
-            sample.shape[1:],
-            sample.dtype,
-        ):  # sub-codes, at the first step
-            self.values = torch.zeros((self.count, *sample.shape[1:]), dtype=sample.dtype)
         self.values = self.values.clone()  # what `content` gave out before stays as it was
         asked = self._asked()
         open_places = asked.nonzero()[:, 0]
-        self.values[open_places] = sample
+        self.values[open_places] = sample.to(self.values.dtype)
         self.step += 1
         if self.turn is not None:
             self.hidden = self.hidden & ~asked

@@ -43,6 +43,7 @@ class Raster(Order):
         rng: torch.Generator,
         known: tuple[Tensor, Bool[Tensor, " N"]] | None = None,
         dim: int = 0,
+        num_codes: int = 0,
     ) -> Session:
         return RasterSession(grid, known)
 
@@ -77,3 +78,6 @@ class RasterSession(Session):
 
     def content(self) -> Tensor:
         return torch.cat(self.drawn) if self.drawn else torch.zeros(0, dtype=torch.int64)
+
+    def final(self) -> int:
+        return len(self.drawn)
