@@ -62,6 +62,7 @@ class MultimodalModel(nn.Module):
         self.code_embeddings, self.latent_embeddings, self.inject = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
         for number, modality in enumerate(self.modalities):
             spec = modality.tokenizer.spec
+            modality.order.check(spec)
             modality.head.build(width=width, spec=spec, controls=0 if number else NAMED + SIZES)
             self.heads[modality.name] = modality.head
             if spec.kind == "codes":
@@ -108,14 +109,14 @@ class MultimodalModel(nn.Module):
         if stream.codes or stream.latents:
             x = F.embedding(stream.ids.clamp(min=0), self.embedding.weight) * (stream.ids >= 0)[:, None]
             for name, record in stream.codes.items():
-                table = cast(nn.Embedding, self.code_embeddings[name])
-                per_code = table.num_embeddings // record.values.shape[1]
-                shifted = record.values + per_code * torch.arange(record.values.shape[1], device=record.values.device)
-                valid = (record.values >= 0)[..., None]
+                table, codes = cast(nn.Embedding, self.code_embeddings[name]), record.read
+                per_code = table.num_embeddings // codes.shape[1]
+                shifted = codes + per_code * torch.arange(codes.shape[1], device=codes.device)
+                valid = (codes >= 0)[..., None]
                 x = x.index_add(0, record.index, (table(shifted.clamp(min=0)) * valid).sum(1).to(x.dtype))
             for name, record in stream.latents.items():
-                values = record.values
-                if noise is not None and name in noise:
+                values = record.read
+                if record.reads is None and noise is not None and name in noise:
                     process = self.process(self.vocabulary.index[name])
                     assert process is not None
                     values = process.corrupt(values, noise[name], stream.time[record.index])
