@@ -13,6 +13,7 @@ import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -135,7 +136,8 @@ def _check_header(name: str, rate: int, channels: int, seconds: float | None, ma
 # --- libsndfile -----------------------------------------------------------------------------------------------------
 
 
-def _through_sndfile(file: IO[bytes], name: str, max_seconds: float) -> Iterator[tuple[int, Samples]]:
+@cache
+def _forward() -> Any:
     import soundfile
 
     class Forward(soundfile.SoundFile):  # type: ignore[misc, unused-ignore]
@@ -143,8 +145,12 @@ def _through_sndfile(file: IO[bytes], name: str, max_seconds: float) -> Iterator
             """Else soundfile seeks after each block, which fails at the end of what a header gave no length."""
             return False
 
+    return Forward
+
+
+def _through_sndfile(file: IO[bytes], name: str, max_seconds: float) -> Iterator[tuple[int, Samples]]:
     try:
-        sound = Forward(_Nameless(file))
+        sound = _forward()(_Nameless(file))
     except Exception as error:  # a parser fed with a stranger's bytes may raise anything
         raise ValueError(f"{name} is damaged or not a sound: {_short(error)}") from error
     with sound:
@@ -152,9 +158,9 @@ def _through_sndfile(file: IO[bytes], name: str, max_seconds: float) -> Iterator
         known = 0 <= frames < 1 << 62  # beyond: libsndfile's word for a length that the header leaves out
         _check_header(name, rate, channels, frames / max(1, rate) if known else None, max_seconds)
         size, total = BLOCK // channels, 0
-        while True:
-            try:
-                block = sound.read(size, dtype="float32", always_2d=True)
+        while not known or total < frames:
+            try:  # no more than there is: libsndfile fills the rest with zeros, which takes longer than a short sound
+                block = sound.read(min(size, frames - total), dtype="float32", always_2d=True)
             except Exception as error:
                 raise ValueError(f"{name} is truncated or damaged ({sound.format}): {_short(error)}") from error
             if not len(block):

@@ -9,10 +9,16 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 
 from mm.data.cache import CachedSource, TokenCache, open_cache
+from mm.data.example import BrokenExample, Source
 from mm.data.feeds import DocumentMaker, Feed, MixtureFeed, Part, StreamFeed, ToStream
 from mm.data.loader import PackedLoader, estimate_batches
 from mm.data.streaming import StreamingShards
 from mm.interfaces import ModalityTokenizer
+
+CACHED = {"image": "image", "audio": "speech"}
+"""Field → modality of what is cached by default."""
+FIRST = 16
+"""Examples that are looked at to see which fields a source has."""
 
 
 class MultimodalDataModule(pl.LightningDataModule):
@@ -30,7 +36,8 @@ class MultimodalDataModule(pl.LightningDataModule):
         to_stream: lays out a document; by default the `build_document` of the model being trained.
         tokenizers: modality → tokenizer; by default those of the model being trained.
         cache: folder for pre-tokenised fields. Encodes each field of `cached` once, before training.
-        cached: field of the examples → modality whose tokenizer encodes it.
+        cached: field of the examples → modality whose tokenizer encodes it; sources that lack a field go without. By
+            default `image` for the modality image and `audio` for speech, as far as the model has these.
         batches_per_epoch: by default as many as show every example about once; needed for streams.
         seed: of order, mixture, dropout and whatever the layout draws.
         lookahead, chunk: documents that wait while a batch is chosen; documents made at a time.
@@ -61,7 +68,7 @@ class MultimodalDataModule(pl.LightningDataModule):
         self.parts = {"train": list(train), "validation": list(validation or [])}
         self.tokens, self.seed, self.num_workers = tokens, seed, num_workers
         self._given = (to_stream, tokenizers)
-        self.cache, self.cached = cache, {"image": "image"} if cached is None else dict(cached)
+        self.cache, self.cached = cache, None if cached is None else dict(cached)
         self.batches_per_epoch, self.lookahead, self.chunk = batches_per_epoch, lookahead, chunk
         self.oversize: Literal["error", "skip"] = oversize
         self.strict = strict
@@ -93,20 +100,34 @@ class MultimodalDataModule(pl.LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         self._open_caches()
 
+    def _wanted(self) -> dict[str, str]:
+        """Field → modality of what is cached."""
+        known = self.tokenizers
+        if self.cached is None:
+            found = {field: modality for field, modality in CACHED.items() if modality in known}
+            if not found:
+                raise ValueError(f"cache is given, but not which fields; name them in cached; there is {sorted(known)}")
+            return found
+        for modality in self.cached.values():
+            if modality not in known:
+                raise ValueError(f"cached names the modality {modality!r}; there is {sorted(known)}")
+        return self.cached
+
     def _open_caches(self) -> None:
         if self.cache is None:
             return
-        for part in [*self.parts["train"], *self.parts["validation"]]:
-            if isinstance(part.source, StreamingShards):
-                continue
-            for field, modality in self.cached.items():
-                tokenizer = self.tokenizers.get(modality)
-                if tokenizer is None:
-                    raise ValueError(f"cached names the modality {modality!r}; there is {sorted(self.tokenizers)}")
-                name = (part.source.identity + str(part.source.caption), field)
+        parts = [*self.parts["train"], *self.parts["validation"]]
+        sources = [part.source for part in parts if not isinstance(part.source, StreamingShards)]
+        for field, modality in self._wanted().items():
+            having = [source for source in sources if _has(source, field)]
+            if sources and not having and self.cached is not None:
+                raise ValueError(f"cached names the field {field!r}, which none of the sources has")
+            for source in having:
+                name = (source.identity + str(source.caption), field)
                 if name not in self._caches:
-                    bar = _Bar(f"encoding {field} of {part.source.what}")
-                    self._caches[name] = open_cache(part.source, tokenizer, Path(self.cache), field, progress=bar)
+                    bar = _Bar(f"encoding {field} of {source.what}")
+                    tokenizer = self.tokenizers[modality]
+                    self._caches[name] = open_cache(source, tokenizer, Path(self.cache), field, progress=bar)
                     bar.close()
 
     def _with_caches(self, parts: Sequence[Part]) -> list[Part]:
@@ -115,7 +136,7 @@ class MultimodalDataModule(pl.LightningDataModule):
             source = part.source
             if self.cache is not None and not isinstance(source, StreamingShards):
                 name = source.identity + str(source.caption)
-                source = CachedSource(source, {field: self._caches[name, field] for field in self.cached})
+                source = CachedSource(source, {field: c for (of, field), c in self._caches.items() if of == name})
             out.append(Part(source=source, template=part.template, weight=part.weight))
         return out
 
@@ -166,6 +187,18 @@ class MultimodalDataModule(pl.LightningDataModule):
 
     def predict_dataloader(self) -> PackedLoader | list[PackedLoader]:
         return self.val_dataloader()
+
+
+def _has(source: Source, field: str) -> bool:
+    """Whether one of the first examples has the field."""
+    whole = source.whole()
+    for index in range(min(FIRST, len(whole))):
+        try:
+            if field in whole[index]:
+                return True
+        except BrokenExample:
+            continue
+    return False
 
 
 class _Bar:
