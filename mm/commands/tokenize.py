@@ -6,16 +6,34 @@ import json
 import math
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from mm.commands.common import parser, table, writable
 
 if TYPE_CHECKING:
     from PIL import Image
 
+    from mm.audio import Audio
     from mm.interfaces import Encoded, ModalityTokenizer, Spec
 
 TEXT = (".txt", ".md", ".csv", ".json", ".yaml", ".py")
+SOUND = (
+    ".wav",
+    ".flac",
+    ".mp3",
+    ".ogg",
+    ".oga",
+    ".opus",
+    ".m4a",
+    ".mp4",
+    ".aac",
+    ".webm",
+    ".aif",
+    ".aiff",
+    ".au",
+    ".caf",
+)
+Kind = Literal["text", "picture", "sound"]
 MAX_TEXT = 1 << 24
 COMPARED = 2_000
 """Characters of a text that came back changed that are compared."""
@@ -24,7 +42,7 @@ COMPARED = 2_000
 def main(argv: list[str]) -> int:
     """Returns the exit status; raises `ValueError` for a file or a tokenizer that can't be used."""
     command = parser("tokenize", "Encode and decode a file; report the rate and what is lost.")
-    command.add_argument("file", help="a picture or a text")
+    command.add_argument("file", help="a picture, a sound or a text; the ending says which")
     command.add_argument(
         "--tokenizer",
         required=True,
@@ -33,12 +51,21 @@ def main(argv: list[str]) -> int:
         "`mm list tokenizers`",
     )
     command.add_argument("--out", metavar="PATH", help="write what was decoded")
+    command.add_argument(
+        "--transcript",
+        metavar="TEXT",
+        help="what is said in the sound, in digits' names or the made corpus's words: reports how many of them a "
+        "recogniser gets wrong",
+    )
     command.add_argument("--json", action="store_true", help="the figures as JSON")
     args = command.parse_args(argv)
-    is_text = Path(args.file).suffix.lower() in TEXT
-    out = place(args.out, is_text) if args.out else None
-    tokenizer = find(args.tokenizer, is_text)
-    raw = read(args.file, is_text)
+    ending = Path(args.file).suffix.lower()
+    kind: Kind = "text" if ending in TEXT else "sound" if ending in SOUND else "picture"
+    if args.transcript is not None:
+        check_transcript(args.transcript, kind)
+    out = place(args.out, kind) if args.out else None
+    tokenizer = find(args.tokenizer, kind)
+    raw = read(args.file, kind)
     start = time.perf_counter()
     encoded = tokenizer.encode(raw)
     middle = time.perf_counter()
@@ -50,14 +77,17 @@ def main(argv: list[str]) -> int:
         "grid": list(encoded.grid),
         "bits": bits(tokenizer.spec, encoded),
         "file_bits": 8 * Path(args.file).stat().st_size,
-        **(lost_text(raw, decoded.value) if is_text else lost_picture(raw, decoded.value)),
+        **lost(raw, decoded.value, kind, getattr(tokenizer, "waveform", False)),
         "encode_ms": round(1000 * (middle - start), 2),
         "decode_ms": round(1000 * (end - middle), 2),
     }
-    measure = ("character", max(1, len(raw))) if is_text else ("pixel", decoded.value.width * decoded.value.height)
-    figures[f"bits_per_{measure[0]}"] = round(figures["bits"] / measure[1], 4)
+    figures |= rate(figures["bits"], raw, decoded.value, kind)
+    if kind == "sound":
+        figures["frame_rate"] = round(tokenizer.spec.frame_rate, 4)
+    if args.transcript is not None:
+        figures |= heard(raw, decoded.value, args.transcript)
     if out:
-        write(out, decoded.value, is_text)
+        write(out, decoded.value)
         figures["wrote"] = str(out)
     if args.json:
         print(json.dumps(figures))
@@ -66,7 +96,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def find(name: str, is_text: bool) -> ModalityTokenizer:
+def find(name: str, kind: Kind) -> ModalityTokenizer:
     """The tokenizer that a name means. Raises `ValueError` with what would be understood."""
     from torch import nn
 
@@ -87,10 +117,9 @@ def find(name: str, is_text: bool) -> ModalityTokenizer:
     if name in hub.shipped() or (path / hub.CONFIG).is_file() or ("/" in name and not path.exists()):
         where = hub.resolve(name)
         tokenizers = hub.load_tokenizers(where, hub.read_config(where))
-        wanted = 0 if is_text else 2
-        fitting = [t for t in tokenizers.values() if len(t.spec.max_grid) == wanted]
+        fitting = [t for t in tokenizers.values() if kind_of(t.spec) == kind]
         if not fitting:
-            raise ValueError(f"{name!r} has no tokenizer for {'text' if is_text else 'pictures'}")
+            raise ValueError(f"{name!r} has no tokenizer for {kind if kind == 'text' else kind + 's'}")
         return fitting[0]
     if (path / "tokenizer.json").is_file():
         return plugins.load("tokenizers", "text_hf").from_directory(path)  # type: ignore[attr-defined]
@@ -103,12 +132,23 @@ def find(name: str, is_text: bool) -> ModalityTokenizer:
     raise ValueError(f"there is no tokenizer {name!r}; give a checkpoint, a folder, or one of {known}")
 
 
-def read(file: str, is_text: bool) -> Any:
+def kind_of(spec: Spec) -> Kind | None:
+    """What a tokenizer is for, by its spec; None for none of the three."""
+    if spec.sample_rate:
+        return "sound"
+    return {0: "text", 2: "picture"}.get(len(spec.max_grid))  # type: ignore[return-value]
+
+
+def read(file: str, kind: Kind) -> Any:
     """The file as its tokenizer wants it."""
-    if not is_text:
+    if kind == "picture":
         from mm.media import load_image
 
         return load_image(file)
+    if kind == "sound":
+        from mm.audio import load_audio
+
+        return load_audio(file)
     from mm import safe_io
 
     try:
@@ -117,20 +157,23 @@ def read(file: str, is_text: bool) -> Any:
         raise ValueError(f"{file!r} is not UTF-8 text (byte {error.start})") from error
 
 
-def place(path: str, is_text: bool) -> Path:
+def place(path: str, kind: Kind) -> Path:
     """The file that `--out` means. Raises `ValueError` for an ending that doesn't fit, or a folder that can't be made."""
-    from mm.pipelines.outputs import PICTURES, numbered
+    from mm.pipelines.outputs import PICTURES, SOUNDS, numbered
 
-    file = numbered(path, 1, "text", TEXT)[0] if is_text else numbered(path, 1, "image", PICTURES)[0]
-    return writable(file)
+    name, endings = {"text": ("text", TEXT), "picture": ("image", PICTURES), "sound": ("speech", SOUNDS)}[kind]
+    return writable(numbered(path, 1, name, endings)[0])
 
 
-def write(path: Path, value: Any, is_text: bool) -> None:
+def write(path: Path, value: Any) -> None:
     from mm import safe_io
+    from mm.audio import Audio, save_audio
     from mm.pipelines.outputs import save_picture
 
-    if is_text:
+    if isinstance(value, str):
         safe_io.write_text(path, value)
+    elif isinstance(value, Audio):
+        save_audio(path, value)
     else:
         save_picture(value, path)
 
@@ -140,6 +183,73 @@ def bits(spec: Spec, encoded: Encoded) -> float:
     if encoded.latents is not None:
         return 32.0 * encoded.latents.numel()
     return round(encoded.content.numel() * math.log2(spec.vocab_size), 1)
+
+
+def rate(bits: float, raw: Any, decoded: Any, kind: Kind) -> dict[str, Any]:
+    """Bits of the tokens per unit of what they stand for."""
+    if kind == "text":
+        return {"bits_per_character": round(bits / max(1, len(raw)), 4)}
+    if kind == "picture":
+        return {"bits_per_pixel": round(bits / (decoded.width * decoded.height), 4)}
+    return {"bits_per_second": round(bits / raw.seconds, 1)}
+
+
+def lost(raw: Any, decoded: Any, kind: Kind, waveform: bool) -> dict[str, Any]:
+    """How what came back differs from what went in, by the measures of its kind."""
+    if kind == "sound":
+        return lost_sound(raw, decoded, waveform)
+    return lost_text(raw, decoded) if kind == "text" else lost_picture(raw, decoded)
+
+
+def lost_sound(raw: Audio, decoded: Audio, waveform: bool) -> dict[str, Any]:
+    """Distance of log-mel spectra and, with pystoi, intelligibility, both at 16 kHz (`mm.evaluate.speech`). The ratio of
+    signal to distortion only for tokenizers that were trained to give the waveform back: where phases are made up it is
+    below -15 dB even if every magnitude is right."""
+    from importlib.util import find_spec
+
+    from mm.evaluate.speech import mel_distance, si_sdr, stoi
+
+    figures: dict[str, Any] = {
+        "sample_rate": raw.rate,
+        "decoded_sample_rate": decoded.rate,
+        "seconds": round(raw.seconds, 4),
+        "decoded_seconds": round(decoded.seconds, 4),
+        "log_mel_l1": round(mel_distance(raw, decoded), 4),
+    }
+    if find_spec("pystoi"):
+        intelligible = stoi(raw, decoded)
+        figures["stoi"] = None if intelligible is None else round(intelligible, 4)
+    if waveform and raw.samples.any():
+        figures["si_sdr_db"] = round(si_sdr(raw, decoded), 2)
+    return figures
+
+
+def check_transcript(transcript: str, kind: Kind) -> None:
+    """Raises `ValueError` before the work: not a sound, no words, or no recogniser."""
+    if kind != "sound":
+        raise ValueError("--transcript is of what is said in a sound; leave it out for other files")
+    if not transcript.split():
+        raise ValueError("--transcript is empty; give the words that are said")
+    from mm.data.speech_corpus import require_pocketsphinx
+
+    require_pocketsphinx()
+
+
+def heard(raw: Audio, decoded: Audio, transcript: str) -> dict[str, Any]:
+    """What a recogniser hears before and after, and the share of the transcript's words that it gets wrong. It listens
+    for digits if there are only digits in the transcript, else for the made corpus's commands."""
+    from mm.data.sources import DIGIT_NAMES
+    from mm.evaluate.speech import recognise, word_error
+
+    words = transcript.lower().split()
+    grammar = "digits" if set(words) <= set(DIGIT_NAMES) else "commands"
+    before, after = recognise([raw, decoded], grammar=grammar)
+    return {
+        "heard_before": before,
+        "heard": after,
+        "word_error_before": round(word_error([" ".join(words)], [before]).rate, 4),
+        "word_error": round(word_error([" ".join(words)], [after]).rate, 4),
+    }
 
 
 def lost_picture(raw: Image.Image, decoded: Image.Image) -> dict[str, Any]:
