@@ -20,7 +20,9 @@ def main(argv: list[str]) -> int:
     digits.add_argument("--count", type=int, default=2000, help="how many are drawn (2000)")
     digits.add_argument("--size", type=int, default=32, help="side in pixels (32)")
     digits.add_argument("--seed", type=int, default=0, help="the same seed draws the same (0)")
-    shards = names.add_parser("shards", help="a folder of pictures or sounds, a `datasets` directory or shards → shards")
+    shards = names.add_parser(
+        "shards", help="a folder of pictures or sounds, a `datasets` directory or shards → shards"
+    )
     shards.add_argument("source", help="folder, datasets directory, .tar or .npz")
     shards.add_argument("--caption", metavar="FORMAT", help='how captions are made of fields: "{caption}, {style}"')
     shards.add_argument("--per-shard", type=int, default=10_000, help="examples in a shard (10000)")
