@@ -119,9 +119,11 @@ def windows(audio: Audio) -> Float[Tensor, "N S"]:
     """The sounding part at `RATE` and `LOUDNESS`: one window with it in the middle, or several that cover it evenly."""
     x = torch.from_numpy(np.ascontiguousarray(resample(audio, RATE).samples))
     frame = RATE // 100
+    if not len(x):
+        return torch.zeros(1, WINDOW)
     x = F.pad(x, (0, -len(x) % frame))
     level = x.reshape(-1, frame).square().mean(1).sqrt()
-    loud = torch.nonzero(level > QUIET * level.max().clamp_min(1e-6) if len(level) else level).flatten()
+    loud = torch.nonzero(level > QUIET * level.max().clamp_min(1e-6)).flatten()
     if not len(loud):  # silence
         return torch.zeros(1, WINDOW)
     x = x[int(loud[0]) * frame : (int(loud[-1]) + 1) * frame]
