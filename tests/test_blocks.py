@@ -19,7 +19,7 @@ from mm.layout import Segment
 from mm.model import MultimodalModel
 from mm.orders.blocks import TIME, Blocks
 from mm.stream import Placed, TokenStream, pack
-from mm.testing import Palette, Uncached, rule, tiny
+from mm.testing import Frames, Palette, Uncached, rule, tiny
 from mm.tokenizers.image_patches import ImagePatches
 
 DIM, STEPS = 12, 3
@@ -227,6 +227,38 @@ def test_generation_sees_what_training_sees(block: int) -> None:
     assert len(watched.asked) == STEPS * (3 if block else 1)
     stream = one.build_document([text("ab"), Segment("image", made.content)], torch.Generator())
     watched.compare(one, stream, 5, [0, 1, 2, 3, 4])
+
+
+@pytest.mark.parametrize("infill", [False, True])
+@pytest.mark.parametrize("frames", [8, 10, 13])
+def test_a_sound_along_a_text_sees_what_training_sees(frames: int, infill: bool) -> None:
+    """Whatever number of frames is asked for, they are spread over the text, in generation as in training."""
+    settings = {"block": 4, "shift": False, "along": True, "infill": float(infill)}
+    one = tiny(order(**settings), tokenizer=Frames(dim=DIM), head=RegressionHead(), qk_norm=True)
+    with torch.no_grad():
+        for parameter in one.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    prompt = [text("ann: "), text("ten signs.")]
+    known = None
+    learned = list(range(frames))
+    if infill:
+        learned = learned[2:-1]
+        rng = torch.Generator().manual_seed(1)
+        known = (torch.randn(frames, DIM, generator=rng), torch.tensor([n not in learned for n in range(frames)]))
+    request = Request(prompt=prompt, items=[("image", (frames,))], text=False, known=known, seed=2)
+    with Watched() as watched:
+        ((made,),) = Engine(one).generate([request])
+    assert made.content.grid == (frames,) and len(watched.asked) == STEPS * -(-len(learned) // 4)
+    rng = torch.Generator().manual_seed(0)
+    while True:  # until the span that training draws is this one
+        stream = one.build_document([*prompt, Segment("image", made.content)], rng)
+        index = stream.latents["image"].index
+        if torch.equal(stream.position[index[frames:]], stream.position[index[learned]]):
+            break
+    start = 6.0  # after `bos` and the voice
+    wanted = start + torch.arange(frames) * (10 / frames)
+    assert torch.allclose(stream.position[index[:frames]], wanted[:, None].expand(-1, 3), atol=1e-5)
+    watched.compare(one, stream, frames, learned)
 
 
 def test_given_blocks_stay_and_the_rest_goes_on_from_them() -> None:

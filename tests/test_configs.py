@@ -9,8 +9,9 @@ import yaml
 
 from mm.commands.train import SHIPPED, main
 
-OTHER_DATA = {"lcm", "lcm_regression"}
-"""Systems of other data than pictures with captions, which debug.yaml has; their own tests train them (test_concepts)."""
+OTHER_DATA = {"ardit", "ardit_distilled", "lcm", "lcm_regression"}
+"""Systems of other data than pictures with captions, which debug.yaml has; their own tests train them (test_concepts,
+test_ardit)."""
 SYSTEMS = sorted({path.stem for path in (SHIPPED / "systems").glob("*.yaml")} - OTHER_DATA)
 PALETTE = [
     "--model.init_args.modalities.tokenizer=mm.testing.Palette",
