@@ -91,9 +91,9 @@ class SpectralHead(nn.Module):
 
     def forward(self, h: Float[Tensor, "B F C"]) -> Float[Tensor, "B S"]:
         with torch.autocast(h.device.type, enabled=False):
-            log_magnitude, phase = F.linear(
-                h.float(), self.project.weight.float(), self.project.bias.float()
-            ).chunk(2, dim=-1)
+            log_magnitude, phase = F.linear(h.float(), self.project.weight.float(), self.project.bias.float()).chunk(
+                2, dim=-1
+            )
             magnitude = log_magnitude.clamp(max=LARGEST_LOG).exp()
             spectrum = torch.complex(magnitude * phase.cos(), magnitude * phase.sin())
             w = self.window.float()

@@ -12,7 +12,6 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Mapping, Sequence
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -22,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mm import safe_io, saved
-from mm.audio import Audio
+from mm.audio import Audio, resample
 from mm.interfaces import Decoded, Encoded
 from mm.speech import KERNEL, LogMel, SpeechDecoder, SpeechEncoder, in_pieces, reach
 from mm.trainable import TrainableTokenizer
@@ -31,32 +30,8 @@ MAX_ELEMENTS = 256
 """Elements that an item of a stream may have; `encode` and `decode` take longer ones."""
 PIECE = 512
 """Elements that go through the networks at once."""
-RATIO = 1024
-"""Rates are taken to have a ratio of whole numbers up to this: a kernel for an exact ratio of primes would fill the memory."""
 LARGEST = 32.0
 """Samples are held within ±this: beyond, their spectra would leave the range of the networks."""
-
-
-def resampled(x: Float[Tensor, " n"], rate: int, to: int) -> Float[Tensor, " m"]:
-    """Samples at another rate (windowed sinc), ceil(n · to / rate) of them, in pieces where there are many."""
-    import torchaudio
-
-    if rate == to:
-        return x
-    ratio = Fraction(to, rate).limit_denominator(RATIO) if rate >= to else 1 / Fraction(rate, to).limit_denominator(RATIO)
-    new, old = ratio.numerator, ratio.denominator
-    count = math.ceil(len(x) * to / rate)
-    padded = torch.nn.functional.pad(x, (0, -len(x) % old))[None]
-    context = math.ceil(16 * max(1.0, old / new) / old) + 1
-    made = in_pieces(
-        lambda part: torchaudio.functional.resample(part, old, new),
-        padded,
-        core=max(1, (1 << 18) // max(old, new)),
-        context=context,
-        unit=old,
-        made=new,
-    )[0, :count]
-    return torch.nn.functional.pad(made, (0, count - len(made)))
 
 
 class SpeechTokenizer(TrainableTokenizer):
@@ -179,7 +154,10 @@ class SpeechTokenizer(TrainableTokenizer):
             for i, samples in zip(where, made, strict=True):
                 reason = repaired[i][1]
                 if not bool(samples.isfinite().all()):
-                    samples, reason = samples.nan_to_num(0.0, 0.0, 0.0), "; ".join(filter(None, (reason, "no finite sound")))
+                    samples, reason = (
+                        samples.nan_to_num(0.0, 0.0, 0.0),
+                        "; ".join(filter(None, (reason, "no finite sound"))),
+                    )
                 out[i] = Decoded(value=Audio(samples.numpy(), self.rate), valid=not reason, reason=reason)
         return [out[i] for i in range(len(items))]
 
@@ -237,8 +215,8 @@ class SpeechTokenizer(TrainableTokenizer):
             )
         if not len(raw.samples):
             raise ValueError("the sound has no sample: give it one or more")
-        x = torch.from_numpy(np.ascontiguousarray(raw.samples)).clamp(-LARGEST, LARGEST)
-        x = resampled(x, raw.rate, self.rate)
+        samples = resample(Audio(raw.samples.clip(-LARGEST, LARGEST), raw.rate), self.rate).samples
+        x = torch.from_numpy(np.ascontiguousarray(samples))
         return torch.nn.functional.pad(x, (0, -len(x) % self.samples_per_element))
 
     def _batches(self, lengths: Sequence[int]) -> list[list[int]]:

@@ -51,10 +51,11 @@ def examples() -> list[Audio]:
     """Sounds of several rates and lengths, for tests: a rising tone, noise, one sample, 10 ms, silence."""
     t = np.arange(8_000) / 16_000
     rng = np.random.default_rng(0)
-    return [
-        Audio(0.5 * np.sin(2 * np.pi * (200 + 900 * t) * t), 16_000),
-        Audio(0.1 * rng.standard_normal(5_001), 8_000),
-        Audio(np.ones(1), 16_000),
-        Audio(0.3 * rng.standard_normal(441), 44_100),
-        Audio(np.zeros(3_000), 22_050),
+    sounds = [
+        (0.5 * np.sin(2 * np.pi * (200 + 900 * t) * t), 16_000),
+        (0.1 * rng.standard_normal(5_001), 8_000),
+        (np.ones(1), 16_000),
+        (0.3 * rng.standard_normal(441), 44_100),
+        (np.zeros(3_000), 22_050),
     ]
+    return [Audio(samples.astype(np.float32), rate) for samples, rate in sounds]

@@ -162,7 +162,14 @@ class SpeechCodec(SpeechTokenizer):
             return self.quantizer.lookup(ids[:, None])[:, :, 0].transpose(1, 2)
         return self.quantizer.lookup(ids.transpose(1, 2)).permute(0, 3, 2, 1).flatten(2)
 
+    @property
+    def ready(self) -> bool:
+        """Whether its codebooks hold codes; those of `fsq` always do."""
+        return all(bool(cast(Any, codebook).initted) for codebook in self.quantizer.codebooks())
+
     def elements(self, z: Float[Tensor, "B T D"]) -> Int[Tensor, "B T K"]:
+        if not self.ready:  # it would fit them to this very sound
+            raise ValueError("the codec's codebooks are empty: train it first, or load one that was saved")
         return self.quantized(z)[1]
 
     def sound(self, content: Int[Tensor, "B T K"]) -> Float[Tensor, "B S"]:
@@ -205,7 +212,7 @@ class SpeechCodec(SpeechTokenizer):
         held, size = item.codes, self.quantizer.codebook_size
         if held is None or not len(held) or held.ndim != 2:
             return torch.zeros(1, self.num_codes, dtype=torch.long), f"no {self.num_codes} codes an element to decode"
-        reasons = []
+        reasons = [] if self.ready else ["the codec is not trained yet, its codebooks are empty"]
         ids = held.detach().cpu().long()
         if ids.shape[1] != self.num_codes:
             reasons.append(f"{ids.shape[1]} codes an element, expected {self.num_codes}")

@@ -69,7 +69,7 @@ class SpeechVAE(SpeechTokenizer):
         decoder_blocks: Sequence[int] = (5, 2),
         expansion: int = 3,
         latent: int = 16,
-        kl: float = 1e-3,
+        kl: float = 1e-2,
         mel_weight: float = 1.0,
         normalizer: Kind = "channel",
         vocoder: Literal["istft", "griffin_lim"] = "istft",
@@ -104,7 +104,9 @@ class SpeechVAE(SpeechTokenizer):
         for name in ("kl", "mel_weight"):
             saved.number(name, c[name], 0)
         if c["normalizer"] == "token":
-            raise ValueError("normalizer token needs a decoder that reads such vectors; take channel, robust, scale or none")
+            raise ValueError(
+                "normalizer token needs a decoder that reads such vectors; take channel, robust, scale or none"
+            )
         normalizer = LatentNormalizer(c["normalizer"], c["latent"])
         hop = settings.hop(c["rate"])
         self.make_networks(c, hop=hop, inward=2 * c["latent"], outward=c["latent"], mels=c["mels"])
