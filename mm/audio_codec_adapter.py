@@ -272,6 +272,8 @@ class AudioCodecAdapter(ModalityTokenizer, nn.Module):
                     made = self.sound(found[: self.num_codes, :frames])
                 except Exception as error:  # the libraries check little of what a configuration says
                     raise ValueError(f"{what} can't encode and decode {frames} frames: {_line(error)}") from error
+                if not made.isfinite().all():
+                    raise ValueError(f"{what} decodes silence to values that are not finite: is its {CONFIG} damaged?")
                 shape, expected = tuple(found[: self.num_codes, :frames].shape), (self.num_codes, frames)
                 if shape != expected or made.ndim != 1 or abs(len(made) - frames * self.facts.hop) >= self.facts.hop:
                     raise ValueError(

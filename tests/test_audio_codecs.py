@@ -472,6 +472,7 @@ BAD: list[tuple[str, dict[str, object], str]] = [
     ("audio_dac", {"sampling_rate": 10}, "sampling_rate of .* must be a whole number in 1000"),
     ("audio_mimi", {"frame_rate": 1000.0}, "belongs to another configuration|expected a whole part"),
     ("audio_mimi", {"hidden_act": "none_such"}, "does not describe this network"),
+    ("audio_mimi", {"norm_eps": -1e6}, "decodes silence to values that are not finite"),
     ("audio_mimi", {"num_quantizers": 1}, "does not describe this network"),
     # what codes alone can't say
     ("audio_encodec", {"normalize": True}, "a loudness each, which codes do not hold"),
