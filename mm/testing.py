@@ -19,7 +19,7 @@ from mm.audio import Audio
 from mm.backbone import BackboneConfig
 from mm.cache import Chunk, KVCache
 from mm.generation import Engine, Request, assemble
-from mm.interfaces import Decoded, Encoded, Head, Modality, ModalityTokenizer, Order, Spec
+from mm.interfaces import Decoded, Draw, Encoded, Head, Modality, ModalityTokenizer, Order, Spec
 from mm.layout import Segment
 from mm.model import MultimodalModel
 from mm.stream import TokenStream, pack
@@ -81,6 +81,37 @@ class Frames(ModalityTokenizer):
     def decode(self, encoded: Encoded) -> Decoded:
         assert encoded.latents is not None
         return Decoded(value=Audio(encoded.latents.nan_to_num().flatten().numpy(), self.rate))
+
+
+class Levels(ModalityTokenizer):
+    """Sound as frames of `num_codes` samples, a sub-code each: the nearest of 8 levels from −1 to 1. Silence fills the last."""
+
+    def __init__(self, num_codes: int = 4, most: int = 64, rate: int = 100) -> None:
+        self.num_codes, self.most, self.rate = num_codes, most, rate
+
+    @property
+    def spec(self) -> Spec:
+        return Spec(
+            kind="codes",
+            vocab_size=8,
+            num_codes=self.num_codes,
+            max_grid=(self.most,),
+            sample_rate=self.rate,
+            frame_rate=self.rate / self.num_codes,
+            fingerprint=f"levels-{self.num_codes}-{self.most}-{self.rate}",
+        )
+
+    def encode(self, raw: Audio) -> Encoded:
+        count = min(self.most, max(1, -(-len(raw.samples) // self.num_codes)))
+        samples = torch.zeros(count * self.num_codes)
+        given = torch.tensor(raw.samples)[: len(samples)]
+        samples[: len(given)] = given
+        codes = (samples.clamp(-1, 1) * 3.5 + 3.5).round().long().view(count, self.num_codes)
+        return Encoded(grid=(count,), codes=codes)
+
+    def decode(self, encoded: Encoded) -> Decoded:
+        assert encoded.codes is not None
+        return Decoded(value=Audio((encoded.codes.flatten().float() / 3.5 - 1).numpy(), self.rate))
 
 
 def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> Path:
@@ -156,6 +187,34 @@ def tiny(
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.2)
     return model.eval()
+
+
+Seen = list[tuple[Tensor, Draw, Tensor]]
+"""All hidden states that a head got in a call, what one row asked of it, and the tokens that it drew."""
+
+
+def watch(model: MultimodalModel) -> dict[str, Seen]:
+    """What every head is asked from now on, by modality."""
+    seen: dict[str, Seen] = {}
+    for modality in model.modalities:
+        own = seen[modality.name] = Seen()
+        head = model.head(modality.name)
+
+        def sample(hidden: Tensor, draws: Sequence[Draw], own: Seen = own, sample: Any = head.sample) -> Any:
+            made = sample(hidden, draws)
+            own += [(hidden, draw, tokens) for draw, (tokens, _) in zip(draws, made, strict=True)]
+            return made
+
+        head.sample = sample  # type: ignore[method-assign]
+    return seen
+
+
+@torch.no_grad()
+def predictors(model: MultimodalModel, tokens: TokenStream, name: str) -> Tensor:
+    """Hidden states, all evaluated at once, of the positions that predict this modality, in the order of what is predicted."""
+    owner = model.vocabulary.index[name]
+    places = [p for p, t in enumerate(tokens.target.tolist()) if t >= 0 and int(tokens.modality[t]) == owner]
+    return model(tokens)[sorted(places, key=lambda p: int(tokens.target[p]))]
 
 
 class Uncached(Engine):
