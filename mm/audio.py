@@ -153,7 +153,9 @@ def _from_array(rate: Any, array: Any) -> Audio:
         array = array.astype(np.float32) / -float(np.iinfo(array.dtype).min)
     elif array.dtype.kind != "f":
         raise ValueError(f"the array of a sound holds uint8, int16, int32 or floats, got {array.dtype}")
-    return Audio(average(array.reshape(len(array), -1)), int(rate) if isinstance(rate, np.integer) else rate)
+    return Audio(
+        average(array if array.ndim == 2 else array[:, None]), int(rate) if isinstance(rate, np.integer) else rate
+    )
 
 
 def _at_rate(blocks: Iterator[Audio], rate: int | None) -> Iterator[Audio]:
