@@ -9,9 +9,9 @@ import yaml
 
 from mm.commands.train import SHIPPED, main
 
-OTHER_DATA = {"ardit", "ardit_distilled", "lcm", "lcm_regression"}
+OTHER_DATA = {"ardit", "ardit_distilled", "asr", "asr_ctc_prompt", "lcm", "lcm_regression"}
 """Systems of other data than pictures with captions, which debug.yaml has; their own tests train them (test_concepts,
-test_ardit)."""
+test_ardit, test_speech_ctc)."""
 SYSTEMS = sorted({path.stem for path in (SHIPPED / "systems").glob("*.yaml")} - OTHER_DATA)
 PALETTE = [
     "--model.init_args.modalities.tokenizer=mm.testing.Palette",
@@ -51,9 +51,13 @@ def test_base_and_modalities_make_a_run(capsys: pytest.CaptureFixture[str]) -> N
 
 @pytest.mark.parametrize("file", sorted((SHIPPED / "tokenizers").glob("*.yaml")), ids=lambda path: path.stem)
 def test_tokenizer_configurations_parse(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    training = (
-        "mm.concepts_training.ConceptTraining" if file.stem == "concepts" else "mm.training_tokenizer.TokenizerModule"
-    )
+    own = {
+        "concepts": "mm.concepts_training.ConceptTraining",
+        "speech_ctc": "mm.training_ctc.SpeechEncoderTraining",
+        "speech_codec": "mm.training_speech.SpeechTokenizerModule",
+        "speech_vae": "mm.training_speech.SpeechTokenizerModule",
+    }
+    training = own.get(file.stem, "mm.training_tokenizer.TokenizerModule")
     assert parsed(capsys, "-c", str(file))["model"]["class_path"] == training
 
 
