@@ -177,7 +177,7 @@ def test_generation_is_likely_as_training_says(order: Delay, guidance: float) ->
 def test_learns_what_side_by_side_heads_cannot() -> None:
     """Sub-code 1 repeats sub-code 0, which is a coin toss: one bit a pair is left, where independent heads leave two."""
     spec, hidden = Spec(kind="codes", vocab_size=2, num_codes=2), torch.zeros(64, 12)
-    target = (torch.arange(64)[:, None] % 2))#(-1, 2).contiguous()
+    target = (torch.arange(64)[:, None] % 2).repeat(1, 2)
     bits = {}
     for made in (DepthHead(layers=1, width=16), LMHead(bias=True)):
         torch.manual_seed(0)
