@@ -92,7 +92,8 @@ for model in systems():
 
 for name in plugins.available("tokenizers"):
     tokenizer = plugins.load("tokenizers", name).tiny()
-    encoded = tokenizer.encode("a red apple" if name.startswith("text") else picture)
+    known = [] if name.startswith(("text", "image")) else tokenizer.examples()
+    encoded = tokenizer.encode([*known, "a red apple" if name.startswith("text") else picture][0])
     assert tokenizer.decode(encoded).valid
     tokenizer.decode(Encoded(grid=(1, 1), ids=torch.zeros(1, dtype=torch.long)))
 print(checker.checked)
