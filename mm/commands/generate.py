@@ -1,4 +1,4 @@
-"""`mm generate`: pictures or text for a prompt."""
+"""`mm generate`: pictures, speech or text for a prompt."""
 
 from __future__ import annotations
 
@@ -22,17 +22,38 @@ SAMPLING = ("guidance", "steps", "denoising_steps", "temperature", "top_p", "top
 
 def arguments(argv: list[str]) -> Namespace:
     command = parser(
-        "generate", "Generate pictures or text with a checkpoint; says where they went and how long it took."
+        "generate", "Generate pictures, speech or text with a checkpoint; says where they went and how long it took."
     )
     add = command.add_argument
-    add("prompt", nargs="?", default="", help="what to generate, or how the text begins")
-    add("--to", default="image", metavar="KIND", help="what comes out: image or text")
+    add("prompt", nargs="?", default="", help="what to generate, what is said, or how the text begins")
+    add("--to", default="image", metavar="KIND", help="what comes out: image, speech or text")
     add(
-        "--from", dest="given", nargs="+", default=[], metavar="FILE", help="pictures that are given (after the prompt)"
+        "--from",
+        dest="given",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="pictures or sounds that are given (after the prompt); --to text says what is in them",
     )
     add("--mask", metavar="FILE", help="white where the picture of --from is drawn anew, black where it is kept")
+    add("--voice", metavar="NAME", help="of speech: a voice that the model knows, or a sound file that has it")
+    add("--duration", type=float, metavar="S", help="of speech: seconds; default: as long as the model finds right")
+    add(
+        "--stretch",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="of speech: multiplies the duration that the model chose",
+    )
+    add(
+        "--span",
+        type=float,
+        nargs=2,
+        metavar=("START", "END"),
+        help="seconds of the clip of --from that are spoken anew; the prompt says the text of the whole",
+    )
     add("--model", default="mm-tiny", help="a shipped checkpoint, a folder, or owner/name on the hub")
-    add("--out", metavar="PATH", help="file or folder; pictures have a name made of the prompt by default")
+    add("--out", metavar="PATH", help="file or folder; pictures and sounds have a name made of the prompt by default")
     add("--num", type=int, default=1, metavar="N", help="how many; with several pictures also a contact sheet of them")
     add("--seed", type=int, metavar="S", help="the same seed gives the same result")
     add("--guidance", type=float, metavar="G", help="strength of the prompt, 1 = off; default: the checkpoint's")
@@ -54,7 +75,7 @@ def main(argv: list[str]) -> int:
     args = arguments(argv)
     start = time.perf_counter()
     from mm.pipelines.any_to_any import AnyToAnyPipeline
-    from mm.pipelines.outputs import PICTURES, TEXTS, numbered
+    from mm.pipelines.outputs import PICTURES, SOUNDS, TEXTS, numbered
 
     if args.num < 1:
         raise ValueError(f"--num must be at least 1, got {args.num}")
@@ -63,13 +84,17 @@ def main(argv: list[str]) -> int:
     if args.threads is not None:
         check_threads(args.threads)
     if args.out:  # what can't be written is refused before the work
-        writable(numbered(args.out, 1, "out", PICTURES if args.to == "image" else TEXTS)[0])
+        endings = {"image": PICTURES, "speech": SOUNDS}.get(args.to, TEXTS)
+        writable(numbered(args.out, 1, "out", endings)[0])
     check_given(args)
     pipeline = AnyToAnyPipeline.from_pretrained(args.model, args.device)
     choose_threads(pipeline.model, args.threads)
     loaded = time.perf_counter()
-    pictures = any(len(entry.max_grid) == 2 for entry in pipeline.model.vocabulary.entries)
-    kinds = ["text", "image"] if pictures else ["text"]
+    kinds = ["text"]
+    if any(len(entry.max_grid) == 2 for entry in pipeline.model.vocabulary.entries):
+        kinds.append("image")
+    if any(modality.tokenizer.spec.sample_rate for modality in pipeline.model.modalities[1:]):
+        kinds.append("speech")
     if args.to not in kinds:
         raise ValueError(f"{args.model!r} makes {' and '.join(kinds)}, not {args.to!r}")
     if args.mask and (args.to != "image" or len(args.given) != 1):
@@ -82,10 +107,10 @@ def main(argv: list[str]) -> int:
             rows = args.num * max(1, len(args.given) if args.to == "text" else 1)
             bar(sum(done.values()), max(rows, len(done)))
 
-        output = (_images if args.to == "image" else _texts)(pipeline, args, progress)
+        output = {"image": _images, "speech": _speech, "text": _texts}[args.to](pipeline, args, progress)
     finished = time.perf_counter()
     count = _write(output, args)
-    what = {"image": "picture", "text": "text"}[args.to] + ("s" if count != 1 else "")
+    what = {"image": "picture", "speech": "sound", "text": "text"}[args.to] + ("s" if count != 1 else "")
     print(
         f"{count} {what} in {finished - loaded:.2f} s (model loaded in {loaded - start:.2f} s), seed {output.seed}",
         file=sys.stderr,
@@ -94,15 +119,24 @@ def main(argv: list[str]) -> int:
 
 
 def check_given(args: Namespace) -> None:
-    """Raises `ValueError` for an empty prompt where one is needed, and for a prompt that `--from` took for a picture."""
+    """Raises `ValueError` for an empty prompt where one is needed, for a prompt that `--from` took for a file, and for options of
+    speech where there is none."""
+    from mm.pipelines.base import SOUNDS
     from mm.pipelines.outputs import PICTURES
 
+    for name in ("voice", "duration", "span"):
+        if getattr(args, name) is not None and args.to != "speech":
+            raise ValueError(f"--{name} goes with --to speech")
+    if args.to == "speech" and not args.prompt.strip() and (args.span or not args.given):
+        raise ValueError("the prompt is empty; say what is to be spoken")
+    if args.span and len(args.given) != 1:
+        raise ValueError("--span goes with one sound in --from")
     if args.to == "image" and not args.prompt.strip() and not (args.given and not args.mask):
         raise ValueError("the prompt is empty; say what the picture shows")
     for name in args.given if not args.prompt else ():
-        if Path(name).suffix.lower() not in PICTURES and not Path(name).exists():
+        if Path(name).suffix.lower() not in {*PICTURES, *SOUNDS} and not Path(name).exists():
             raise ValueError(
-                f"the picture {name!r} is missing; --from takes all that follows it, so a prompt goes before it: "
+                f"the file {name!r} is missing; --from takes all that follows it, so a prompt goes before it: "
                 f"mm generate {name!r} --from FILE"
             )
 
@@ -142,12 +176,51 @@ def _images(pipeline: Pipeline, args: Namespace, progress: Any) -> Any:
     )
 
 
+def _speech(pipeline: Pipeline, args: Namespace, progress: Any) -> Any:
+    """The prompt spoken; a clip of which a span is spoken anew; or a sound after the prompt and what is given."""
+    from mm.pipelines.any_to_any import AnyToAnyPipeline
+    from mm.pipelines.outputs import AudioOutput
+    from mm.pipelines.text_to_speech import Edit, TextToSpeechPipeline
+
+    if args.given and not args.span:
+        if args.voice is not None or args.duration is not None:
+            raise ValueError(
+                "--voice and --duration go with a prompt alone; leave --from out, or edit its clip with --span"
+            )
+        assert isinstance(pipeline, AnyToAnyPipeline)
+        document = [*([args.prompt] if args.prompt else []), *map(Path, args.given)]
+        out = pipeline(
+            [document] * args.num,
+            to=[pipeline.speech],
+            max_tokens=1,
+            sampling={pipeline.speech: pipeline.sampling(pipeline.speech, _options(args))},
+            seed=args.seed,
+            callback=progress,
+        )
+        sounds = out.audios
+        return AudioOutput([s.samples for s in sounds], sounds[0].rate, [args.prompt] * len(sounds), [], out.seed)
+    speaker = TextToSpeechPipeline(pipeline.model, pipeline.recommended)
+    return speaker(
+        args.prompt,
+        voice=args.voice,
+        duration=args.duration,
+        stretch=args.stretch,
+        edit=Edit(args.given[0], *args.span) if args.span else None,
+        num_audios=args.num,
+        seed=args.seed,
+        callback=progress,
+        **_options(args),
+    )
+
+
 def _texts(pipeline: Pipeline, args: Namespace, progress: Any) -> Any:
-    """Texts after given pictures, or the continuation of the prompt."""
+    """Texts of given pictures or sounds, or the continuation of the prompt."""
     from mm.pipelines.any_to_any import AnyToAnyPipeline
     from mm.pipelines.image_to_text import ImageToTextPipeline
     from mm.pipelines.outputs import TextOutput
 
+    if _heard(args):
+        return _transcripts(pipeline, args, progress)
     if args.given:
         reader = ImageToTextPipeline(pipeline.model, pipeline.recommended)
         return reader(
@@ -178,10 +251,34 @@ def _texts(pipeline: Pipeline, args: Namespace, progress: Any) -> Any:
     return TextOutput(["".join(map(str, parts)) for parts in out.documents], [], out.seed)
 
 
+def _heard(args: Namespace) -> bool:
+    """Whether sounds are given. Raises `ValueError` where pictures are given too."""
+    from mm.pipelines.base import SOUNDS
+
+    sounds = [Path(name).suffix.lower() in SOUNDS for name in args.given]
+    if any(sounds) and not all(sounds):
+        raise ValueError("--to text reads either pictures or sounds, got both in --from; run mm generate for each kind")
+    return any(sounds)
+
+
+def _transcripts(pipeline: Pipeline, args: Namespace, progress: Any) -> Any:
+    from mm.pipelines.speech_to_text import SpeechToTextPipeline
+
+    if args.prompt or args.num > 1:
+        raise ValueError("sounds are written down once, and without a prompt; leave the prompt and --num out")
+    listener = SpeechToTextPipeline(pipeline.model, pipeline.recommended)
+    return listener(args.given, max_tokens=args.max_tokens, seed=args.seed, callback=progress, **_options(args))
+
+
 def _write(output: Any, args: Namespace) -> int:
     """Save what was generated and say where; texts also go to standard output."""
-    from mm.pipelines.outputs import PICTURES, ImageOutput, numbered, save_picture
+    from mm.pipelines.outputs import PICTURES, AudioOutput, ImageOutput, numbered, save_picture
 
+    if isinstance(output, AudioOutput):
+        places = output.save(args.out or unused(slug(args.prompt, "speech") + ".wav"))
+        for place, samples in zip(places, output.audios, strict=True):
+            print(f"wrote {place} ({len(samples) / output.sample_rate:.2f} s)")
+        return len(places)
     if not isinstance(output, ImageOutput):
         several = len(args.given) > 1
         for number, text in enumerate(output.texts):
@@ -201,9 +298,9 @@ def _write(output: Any, args: Namespace) -> int:
     return len(places)
 
 
-def slug(text: str) -> str:
-    """A file name for a prompt."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60] or "picture"
+def slug(text: str, otherwise: str = "picture") -> str:
+    """A file name for a prompt; `otherwise` for one without a letter that file names may have."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60] or otherwise
 
 
 def unused(name: str) -> str:

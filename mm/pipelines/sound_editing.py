@@ -68,7 +68,8 @@ class Plan:
         old, size = self.clip.samples, self.made
         new = np.zeros(size, np.float32)
         part = decoded.samples[self.first : self.first + size]
-        new[: len(part)] = part
+        loudest = max(1.0, float(np.abs(old).max()))  # or saving would make all of it quieter
+        new[: len(part)] = part.clip(-loudest, loudest)
         fade = min(round(FADE * self.clip.rate), size // 2, (self.last - self.first) // 2)
         if fade:
             rising = ((np.arange(fade) + 0.5) / fade).astype(np.float32)
