@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mm import safe_io, saved
-from mm.audio import Audio, resample
+from mm.audio import Audio, Samples, resample
 from mm.cif import fire
 from mm.ctc import LabelMeans, Spelling, compress, greedy, unspell
 from mm.interfaces import Decoded, Encoded, Spec
@@ -209,9 +209,9 @@ class SpeechCTC(TrainableSpeechEncoder):
     @classmethod
     def examples(cls) -> list[Audio]:
         """Tones, silence, and next to nothing."""
-        time = np.arange(RATE, dtype=np.float32) / RATE
-        sweep = 0.5 * np.sin(2 * np.pi * (200 + 900 * time) * time)
-        tone = np.sin(2 * np.pi * 440 * time[: RATE // 3])
+        time: Samples = (np.arange(RATE) / RATE).astype(np.float32)
+        sweep: Samples = (0.5 * np.sin(2 * np.pi * (200 + 900 * time) * time)).astype(np.float32)
+        tone: Samples = np.sin(2 * np.pi * 440 * time[: RATE // 3]).astype(np.float32)
         return [
             Audio(sweep, RATE),
             Audio(tone[::2], RATE // 2),
