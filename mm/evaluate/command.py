@@ -17,11 +17,15 @@ SAMPLING: dict[str, type] = {
     "guidance": float, "temperature": float, "top_p": float, "top_k": int, "steps": int, "denoising_steps": int,
 }  # fmt: skip
 """Fields of `mm.interfaces.Sampling` that have an option."""
+FAMILIES = ("tokenizer", "digits", "emoji", "speaking", "hearing")
+"""As in `mm.evaluate.run`, which takes seconds to import."""
 EPILOG = """\
 data is KIND:PATH[,PATH ...]:
   digits:FILE.npz                handwritten digits (images uint8[n, h, w], labels [n])
   emoji:ONE.tar,TWO.tar          shards or a folder of pictures with caption and style; all styles in one argument
   missing:PATH                   emoji in styles that the model has not seen: adds top-1 and top-5 of the true picture
+  speech:ONE.tar,TWO.tar         what `mm data speech` made: texts under a grammar, voices
+  spoken:FILE.tar                recordings of single digits (text, speaker, index): judged by networks trained here
   NAME:PATH                      any other pictures (shards, folder): the tokenizer's figures only
 
 example: mm evaluate --model mm-tiny --data emoji:noto.tar,twemoji.tar digits:digits.npz --out results
@@ -39,6 +43,9 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     out.add_argument("--model", default="mm-tiny", help="shipped name, checkpoint folder or hub name (%(default)s)")
+    out.add_argument(
+        "--tokenizer", metavar="NAME", help="a tokenizer of sound by itself, as in mm tokenize; not a model"
+    )
     out.add_argument("--data", nargs="+", action="extend", required=True, metavar="KIND:PATH", help="see below")
     out.add_argument("--json", action="store_true", help="print JSON instead of the table")
     out.add_argument(
@@ -47,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="folder for results.json, contact sheets and trained judges (%(default)s); '' writes nothing",
     )
-    out.add_argument("--only", nargs="+", choices=("tokenizer", "digits", "emoji"), help="families to measure (all)")
+    out.add_argument("--only", nargs="+", choices=FAMILIES, help="families to measure (all)")
     out.add_argument("--samples", type=int, default=default.samples, help="pictures a figure (%(default)s)")
     out.add_argument("--seed", type=int, default=default.seed, help="of everything that is drawn (%(default)s)")
     out.add_argument("--batch", type=int, default=default.batch, help="rows generated at once (%(default)s)")
@@ -80,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from mm import safe_io
     from mm.data.example import Caption
     from mm.evaluate.protocol import Protocol
-    from mm.evaluate.run import FAMILIES, evaluate
+    from mm.evaluate.run import evaluate
     from mm.pipelines.base import Pipeline
     from mm.runtime import tune_cpu
 
@@ -102,14 +109,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     sampling = {name: getattr(options, name) for name in SAMPLING if getattr(options, name) is not None}
     sources = {kind: open_source(kind, paths) for kind, paths in given.items()}
     started = time.perf_counter()
+    if options.tokenizer:
+        from mm.commands.tokenize import find
+
+        subject: Any = find(options.tokenizer, "sound")
+    else:
+        subject = Pipeline.from_pretrained(options.model)
     report = evaluate(
-        Pipeline.from_pretrained(options.model),
+        subject,
         sources,
         protocol=protocol,
         folder=options.out or None,
         only=options.only or FAMILIES,
         sampling=sampling,
-        name=Path(options.model).name,
+        name=Path(options.tokenizer or options.model).name,
         say=lambda line: print(f"{time.perf_counter() - started:6.1f} s  {line}", file=sys.stderr, flush=True),
     )
     if options.out:

@@ -21,7 +21,7 @@ class Figure:
     name: str
     value: float
     unit: str
-    """`share`, `dB`, `s`, `codes`, `ratio`, `distance`."""
+    """`share`, `error` (a share that can exceed 1; less is better), `dB`, `s`, `codes`, `ratio`, `distance`, …"""
     n: int
     """Of how many cases."""
     low: float | None = None
@@ -102,7 +102,7 @@ class Report:
         from rich.text import Text
 
         title = Text(f"{self.model}  {self.fingerprint}  {self.seconds:.0f} s")
-        table = Table(title=title, caption="dim rows are controls on real pictures")
+        table = Table(title=title, caption="dim rows are controls on what is real")
         table.add_column("figure")
         for column in ("value", "95 %", "n", "goal"):
             table.add_column(column, justify="right")
@@ -114,9 +114,11 @@ class Report:
                 family = figure.family
             goal = Text()
             if figure.goal is not None:
-                reached = figure.value >= figure.goal
+                less = figure.unit == "error"
+                reached = figure.value <= figure.goal if less else figure.value >= figure.goal
                 goal = Text(
-                    f"≥ {form(figure.goal, figure.unit)} {'✓' if reached else '✗'}", style="green" if reached else "red"
+                    f"{'≤' if less else '≥'} {form(figure.goal, figure.unit)} {'✓' if reached else '✗'}",
+                    style="green" if reached else "red",
                 )
             name = Text(f"  {figure.name}" + (f" ({figure.note})" if figure.note else ""))
             interval = ""
@@ -129,7 +131,7 @@ class Report:
 
 def form(value: float, unit: str) -> str:
     """A value with its unit, for people."""
-    if unit == "share":
+    if unit in ("share", "error"):
         return f"{100 * value:.1f} %"
     if unit == "s":
         return f"{value:.3f} s"

@@ -16,10 +16,12 @@ from mm.evaluate.general import evaluate_generation
 from mm.evaluate.networks import Say
 from mm.evaluate.protocol import Protocol
 from mm.evaluate.results import Figure, Report
-from mm.evaluate.subject import Outcome, Subject
+from mm.evaluate.speech_subject import CLEAR, REAL, SpeechSubject, evaluate_speech
+from mm.evaluate.subject import Outcome, Subject, fingerprint
 from mm.evaluate.tokenizer import evaluate_tokenizer
+from mm.interfaces import ModalityTokenizer
 
-FAMILIES = ("tokenizer", "digits", "emoji")
+FAMILIES = ("tokenizer", "digits", "emoji", "speaking", "hearing")
 SHOWN = 40
 """Pictures on a contact sheet: the first ones, not the best."""
 
@@ -38,14 +40,16 @@ def evaluate(
     """Every figure that the given sources allow.
 
     Args:
-        model: a `MultimodalModel`, a pipeline, a training module, or a `Subject` (whose sampling and batch then hold).
+        model: a `MultimodalModel`, a pipeline, a training module, or a `Subject` or `SpeechSubject` (whose sampling and
+            batch then hold); or a tokenizer of sound by itself.
         sources: whole sources (split "all") by kind: "digits" (field `digit`), "emoji" (fields `caption`, `style`, and
             `category`, `subcategory` if there are any; one key a concept), "missing" (emoji in styles that the model
-            has not seen), and any other name for pictures of which only the tokenizer is measured.
+            has not seen), "speech" and "spoken" as for `evaluate_speech`, and any other name for pictures of which only
+            the tokenizer is measured.
         protocol: what is drawn and how it is judged.
         folder: where judges are kept (`judges/`) and contact sheets written; None: nowhere.
         only: families to measure, of `FAMILIES`.
-        sampling: fields of `Sampling` for pictures, instead of what the checkpoint recommends.
+        sampling: fields of `Sampling` for pictures and sounds, instead of what the checkpoint recommends.
         name: what the results call the model.
         say: told what is going on, a line at a time.
 
@@ -61,10 +65,54 @@ def evaluate(
     if unknown := sorted(set(only) - set(FAMILIES)):
         raise ValueError(f"there is no family of figures {unknown[0]!r}; there are {', '.join(FAMILIES)}")
     if not sources:
-        raise ValueError("there is nothing to evaluate on; give at least one source of pictures")
-    subject = model if isinstance(model, Subject) else _subject(model, name, sampling, protocol)
+        raise ValueError("there is nothing to evaluate on; give at least one source of pictures or speech")
     folder = None if folder is None else Path(folder)
     judges = None if folder is None else folder / "judges"
+    pictures = {kind: source for kind, source in sources.items() if kind not in (CLEAR, REAL)}
+    figures: list[Figure] = []
+    sampled: dict[str, Any] = {}
+    held: Any = getattr(model, "model", model)
+    if len(pictures) < len(sources):
+        tested: Any = model
+        if not isinstance(model, SpeechSubject | ModalityTokenizer):
+            tested = SpeechSubject(model, name=name, sampling=sampling, batch=protocol.batch)
+        figures += evaluate_speech(tested, sources, protocol=protocol, judges=judges, only=only, say=say)
+        if isinstance(tested, SpeechSubject):
+            held, name, sampled["sound"] = tested.model, tested.name, asdict(tested.sampling)
+    if pictures:
+        subject = model if isinstance(model, Subject) else _subject(model, name, sampling, protocol)
+        figures += _evaluate_pictures(subject, pictures, protocol, folder, judges, only, say)
+        held, name = subject.model, subject.name
+        sampled |= {"picture": asdict(subject.sampling), "text": asdict(subject.text_sampling)}
+    facts = {
+        "protocol": asdict(protocol),
+        "sampling": sampled,
+        "data": {
+            kind: {"what": source.what, "examples": len(source), "identity": source.identity}
+            for kind, source in sources.items()
+        },
+        "parameters": sum(p.numel() for p in held.parameters()) if isinstance(held, torch.nn.Module) else 0,
+        "threads": torch.get_num_threads(),
+        "versions": {"mm": __version__, "torch": torch.__version__},
+    }
+    return Report(
+        model=name,
+        fingerprint=held.spec.fingerprint if isinstance(held, ModalityTokenizer) else fingerprint(held),
+        facts=facts,
+        figures=figures,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _evaluate_pictures(
+    subject: Subject,
+    sources: Mapping[str, Source],
+    protocol: Protocol,
+    folder: Path | None,
+    judges: Path | None,
+    only: Sequence[str],
+    say: Say,
+) -> list[Figure]:
     galleries: dict[str, Gallery] = {}
     for kind, source in sources.items():
         say(f"{kind}: reading {source.what}")
@@ -88,24 +136,7 @@ def evaluate(
     if outcomes:
         say("generation: seconds")
         figures += evaluate_generation(subject, outcomes, protocol)
-    facts = {
-        "protocol": asdict(protocol),
-        "sampling": {"picture": asdict(subject.sampling), "text": asdict(subject.text_sampling)},
-        "data": {
-            kind: {"what": source.what, "examples": len(source), "identity": source.identity}
-            for kind, source in sources.items()
-        },
-        "parameters": sum(p.numel() for p in subject.model.parameters()),
-        "threads": torch.get_num_threads(),
-        "versions": {"mm": __version__, "torch": torch.__version__},
-    }
-    return Report(
-        model=subject.name,
-        fingerprint=subject.fingerprint(),
-        facts=facts,
-        figures=figures,
-        seconds=time.perf_counter() - started,
-    )
+    return figures
 
 
 def _subject(model: Any, name: str, sampling: Mapping[str, Any] | None, protocol: Protocol) -> Subject:

@@ -108,13 +108,7 @@ class Subject:
         return Encoded(grid=self.grid, latents=torch.zeros(count, spec.dim))
 
     def fingerprint(self) -> str:
-        """Hash of every weight and of the vocabulary, which names the tokenizers' fingerprints."""
-        digest = hashlib.sha256(json.dumps(self.model.vocabulary.to_dict(), sort_keys=True).encode())
-        for name, tensor in sorted(self.model.state_dict().items()):
-            values = tensor.detach().cpu().contiguous()
-            digest.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
-            digest.update(values.reshape(-1).view(torch.uint8).numpy())
-        return digest.hexdigest()[:16]
+        return fingerprint(self.model)
 
     def draw(self, prompts: Sequence[str], seed: int) -> Drawn:
         """One picture a prompt; equal prompts give different ones. `seed` and prompt decide, not the batch."""
@@ -151,3 +145,13 @@ class Subject:
 
 def _stack(pixels: Sequence[Tensor], side: int) -> UInt8[Tensor, "N 3 S S"]:
     return torch.stack(list(pixels)) if pixels else torch.zeros(0, 3, side, side, dtype=torch.uint8)
+
+
+def fingerprint(model: MultimodalModel) -> str:
+    """Hash of every weight and of the vocabulary, which names the tokenizers' fingerprints."""
+    digest = hashlib.sha256(json.dumps(model.vocabulary.to_dict(), sort_keys=True).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        values = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
+        digest.update(values.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]

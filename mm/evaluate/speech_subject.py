@@ -1,0 +1,110 @@
+"""The model under test, of sound: what it says, what it hears, what its tokenizer keeps. Everything by seed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mm.audio import Audio
+from mm.data.example import Source
+from mm.evaluate.networks import Say
+from mm.evaluate.protocol import Protocol
+from mm.evaluate.recordings import load_recordings
+from mm.evaluate.results import Figure
+from mm.evaluate.speech_figures import hearing_figures, prepare, speaking_figures, tokenizer_figures
+from mm.interfaces import ModalityTokenizer
+from mm.model import MultimodalModel
+from mm.pipelines.base import Pipeline
+from mm.pipelines.speech_to_text import SpeechToTextPipeline
+from mm.pipelines.text_to_speech import TextToSpeechPipeline
+
+CLEAR, REAL = "speech", "spoken"
+"""Kinds of sources: the made corpus, and recordings of single digits."""
+
+
+class SpeechSubject:
+    """A model with text and sound, used the way its pipelines use it.
+
+    Args:
+        model: a `MultimodalModel`, a pipeline, or whatever holds a model as its `model` (a training module).
+        name: what the results call it.
+        sampling: fields of `Sampling` for sound, instead of what the checkpoint recommends.
+        batch: rows that are generated at once.
+
+    Raises:
+        ValueError: no model, or one without sound.
+    """
+
+    def __init__(
+        self,
+        model: MultimodalModel | Pipeline | Any,
+        *,
+        name: str = "model",
+        sampling: Mapping[str, Any] | None = None,
+        batch: int = 32,
+    ) -> None:
+        recommended = dict(model.recommended) if isinstance(model, Pipeline) else {}
+        held = model if isinstance(model, MultimodalModel) else getattr(model, "model", None)
+        if not isinstance(held, MultimodalModel):
+            raise ValueError(f"got a {type(model).__name__} to evaluate; give a model, a pipeline or a training module")
+        self.name, self.model, self.options = name, held, dict(sampling or {})
+        self.speaks = TextToSpeechPipeline(held, recommended, batch)
+        self.hears = SpeechToTextPipeline(held, recommended, batch)
+        self.sampling = self.speaks.sampling(self.speaks.speech, self.options)
+
+    @property
+    def tokenizer(self) -> ModalityTokenizer:
+        """Of the sound."""
+        return self.speaks.tokenizer(self.speaks.speech)
+
+    def speak(self, texts: Sequence[str], voices: Sequence[str], seed: int) -> list[Audio]:
+        """One sound a text. A model that knows no voices speaks as it likes. Raises `ValueError` for an unknown voice."""
+        if not texts:
+            return []
+        voice = list(voices) if self.model.voices else None
+        made = self.speaks(list(texts), voice=voice, seed=seed, **self.options)
+        return [Audio(samples, made.sample_rate) for samples in made.audios]
+
+    def transcribe(self, audios: Sequence[Audio]) -> list[str]:
+        """One text a sound, the likeliest token each time."""
+        return self.hears(list(audios), seed=0).texts if audios else []
+
+
+def evaluate_speech(
+    subject: SpeechSubject | ModalityTokenizer,
+    sources: Mapping[str, Source],
+    *,
+    protocol: Protocol,
+    judges: Path | None = None,
+    only: Sequence[str] = ("tokenizer", "speaking", "hearing"),
+    say: Say = lambda line: None,
+) -> list[Figure]:
+    """Figures of a model with sound, or of a tokenizer by itself.
+
+    Args:
+        sources: whole sources by kind, "speech" (the made corpus: fields `audio`, `text`, `speaker`, `kind`, `split`) and
+            "spoken" (single digits: `audio`, `text`, `speaker`, `index`), or one of them.
+        judges: folder where judges are kept.
+        only: of a tokenizer by itself the first one is measured, whatever this says.
+    """
+    given = {}
+    for kind in (CLEAR, REAL):
+        if kind in sources:
+            say(f"{kind}: reading {sources[kind].what}")
+        given[kind] = load_recordings(sources[kind], protocol.holdout_every) if kind in sources else None
+    spoken = prepare(given[CLEAR], given[REAL], judges, say, protocol.seed)
+    if isinstance(subject, ModalityTokenizer):
+        if not subject.spec.sample_rate:
+            raise ValueError(
+                f"{type(subject).__name__} is no tokenizer of sound; others are measured as part of a model"
+            )
+        return tokenizer_figures(subject, spoken, protocol.captioned, say)
+    figures: list[Figure] = []
+    if "tokenizer" in only:
+        figures += tokenizer_figures(subject.tokenizer, spoken, protocol.captioned, say)
+    if "speaking" in only:
+        figures += speaking_figures(subject, spoken, protocol.samples, protocol.seed, say)
+    if "hearing" in only:
+        figures += hearing_figures(subject, spoken, protocol.captioned, say)
+    return figures
