@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mm.optimization import optimizer_and_schedule
 from mm.reconstruction import usage_and_perplexity
-from mm.speech_losses import SpectralLosses
+from mm.speech_losses import SpectralLosses, SpeechDiscriminators
 from mm.speech_tokenizer import SpeechTokenizer
 
 STATISTICS = 256
@@ -35,6 +35,10 @@ class SpeechTokenizerModule(L.LightningModule):
         tokenizer: what is trained.
         stft: weight of the distances of spectra at several resolutions.
         mel: weight of the L1 distance of log-mel frames.
+        adversarial: weight of the networks that judge spectra (`mm.speech_losses`), which are trained beside the tokenizer by
+            the same optimiser; 0 = none.
+        features: weight of the distance of their maps, where there are any.
+        adversarial_start: step at which they begin to count; they learn from the first step on.
         learning_rate, weight_decay, betas: of AdamW; matrices and kernels decay, vectors do not.
         warmup: steps of linear warm-up; then a cosine to `final_rate` times the rate at the last step.
         warm_start: how many training crops the tokenizer's codebooks are fitted to before the first step; 0 = none.
@@ -46,6 +50,9 @@ class SpeechTokenizerModule(L.LightningModule):
         tokenizer: SpeechTokenizer,
         stft: float = 1.0,
         mel: float = 1.0,
+        adversarial: float = 0.0,
+        features: float = 1.0,
+        adversarial_start: int = 0,
         learning_rate: float = 1e-3,
         weight_decay: float = 1e-2,
         betas: tuple[float, float] = (0.8, 0.99),
@@ -55,10 +62,12 @@ class SpeechTokenizerModule(L.LightningModule):
         save_to: str | None = None,
     ) -> None:
         super().__init__()
-        self.weights = dict(stft=stft, mel=mel)
+        self.weights = dict(stft=stft, mel=mel, adversarial=adversarial, features=features)
         if min(self.weights.values()) < 0 or stft + mel <= 0:
             raise ValueError(f"loss weights must not be negative, and one positive, got {self.weights}")
         self.tokenizer = tokenizer
+        self.discriminators = SpeechDiscriminators() if adversarial else None
+        self.adversarial_start = adversarial_start
         self.losses = SpectralLosses(tokenizer.rate, tokenizer.n_fft, tokenizer.hop, tokenizer.config["mels"])
         self.learning_rate, self.weight_decay, self.betas = learning_rate, weight_decay, betas
         self.warmup, self.final_rate, self.warm_start, self.save_to = warmup, final_rate, warm_start, save_to
@@ -88,7 +97,7 @@ class SpeechTokenizerModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         return optimizer_and_schedule(
-            self.tokenizer.parameters(),
+            self.parameters(),
             lr=self.learning_rate,
             betas=self.betas,
             weight_decay=self.weight_decay,
@@ -111,9 +120,27 @@ class SpeechTokenizerModule(L.LightningModule):
         terms = self.losses(out.output, x)
         loss = self.weights["stft"] * terms["stft"] + self.weights["mel"] * terms["mel"] + out.loss.float()
         terms["bottleneck"] = out.loss
+        if self.discriminators is not None:
+            terms |= self.discriminators.losses(out.output, x)
+            loss = loss + terms["discriminator"]
+            if self.global_step >= self.adversarial_start:
+                loss = (
+                    loss
+                    + self.weights["adversarial"] * terms["generator"]
+                    + self.weights["features"] * terms["features"]
+                )
         self.log_dict({f"train/{k}": v.detach() for k, v in terms.items()}, batch_size=len(x))
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(x))
         return loss
+
+    def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
+        """The tokenizer's gradients and the judges' each by themselves: one must not make the other's steps small."""
+        limit = kwargs.get("gradient_clip_val")
+        for part in (self.tokenizer, self.discriminators):
+            if limit and part is not None:
+                norm = torch.nn.utils.clip_grad_norm_(part.parameters(), limit)
+                if part is self.tokenizer:
+                    self.log("train/gradient_norm", norm)
 
     def _count(self, counts: Tensor | None, ids: Tensor | None) -> Tensor | None:
         if ids is None:

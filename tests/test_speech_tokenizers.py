@@ -19,7 +19,7 @@ from mm.audio import Audio, to_wav
 from mm.data.sounds import SoundsDataModule, SoundSource, read_sounds
 from mm.ema import EMA
 from mm.interfaces import Encoded
-from mm.speech_losses import SpectralLosses
+from mm.speech_losses import SpectralLosses, SpeechDiscriminators
 from mm.speech_tokenizer import SpeechTokenizer
 from mm.tokenizers.speech_codec import SpeechCodec
 from mm.tokenizers.speech_vae import SpeechVAE
@@ -470,6 +470,42 @@ def test_training_lowers_the_loss_and_saves(kind: Any, precision: Any, tmp_path:
     if kind is SpeechCodec:
         assert 0 < float(run.callback_metrics["val/usage"]) <= 1
     assert loaded.decode(loaded.encode(Audio(voice(0.5), 16_000))).valid
+
+
+def test_gradients_of_the_adversary_are_kept_apart() -> None:
+    """The judges learn to tell the two apart, the output learns to be taken for real; neither moves the other."""
+    torch.manual_seed(0)
+    judges = SpeechDiscriminators(resolutions=(256,), channels=4)
+    wanted = torch.from_numpy(np.stack([voice(0.25), voice(0.25, seed=1)]))
+    output = (0.05 * torch.randn(2, 4000)).requires_grad_()
+    terms = judges.losses(output, wanted)
+    judge = [p for p in judges.parameters() if p.requires_grad]
+    assert torch.autograd.grad(terms["discriminator"], [output], retain_graph=True, allow_unused=True) == (None,)
+    for name in ("generator", "features"):
+        assert all(g is None for g in torch.autograd.grad(terms[name], judge, retain_graph=True, allow_unused=True))
+        assert float(torch.autograd.grad(terms[name], output, retain_graph=True)[0].abs().max()) > 0
+    optimizer = torch.optim.Adam(judge, 1e-2)
+    for _ in range(30):
+        optimizer.zero_grad()
+        judges.losses(output, wanted)["discriminator"].backward()
+        optimizer.step()
+    after = judges.losses(output, wanted)
+    assert after["discriminator"].item() < 0.5 * terms["discriminator"].item()
+    assert judges.losses(wanted.clone(), wanted)["features"].item() < 1e-6
+
+
+def test_training_with_an_adversary(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    fit = SpeechTokenizerModule(
+        SpeechVAE(**SMALL, latent=4), adversarial=1.0, adversarial_start=2, warmup=1, warm_start=0
+    )
+    assert fit.discriminators is not None
+    before = [p.detach().clone() for p in fit.discriminators.parameters()]
+    run = trainer(tmp_path, max_steps=4, limit_val_batches=0, gradient_clip_val=1.0, log_every_n_steps=1)
+    run.fit(fit, datamodule=module_of(shard(tmp_path / "a.tar", [1.0] * 6), batch_size=2))
+    assert run.global_step == 4
+    assert any(not torch.equal(a, b) for a, b in zip(before, fit.discriminators.parameters(), strict=True))
+    assert {"train/generator", "train/features", "train/discriminator"} <= set(run.callback_metrics)
 
 
 def test_training_resumes_exactly(kind: Any, tmp_path: Path) -> None:
