@@ -44,13 +44,14 @@ import torch
 from PIL import Image
 import checker
 from mm import hub, plugins
-from mm.interfaces import Encoded
+from mm.generation import Engine, Request
+from mm.interfaces import Encoded, Sampling
 from mm.layout import Segment
 from mm.stream import pack, unpack
 from mm.pipelines.any_to_any import AnyToAnyPipeline
 from mm.pipelines.image_to_text import ImageToTextPipeline
 from mm.pipelines.text_to_image import TextToImagePipeline
-from mm.testing import tiny
+from mm.testing import Levels, tiny
 
 # It is on: a function that promises a grid of ids refuses a flat list.
 vq = plugins.load("tokenizers", "image_janus").tiny()
@@ -66,7 +67,7 @@ def systems():
     # every order with ids and with vectors, as far as it takes them, and every head
     load = plugins.load
     for order in plugins.available("orders"):
-        if order != "blocks":
+        if order not in ("blocks", "delay", "stages"):
             yield tiny(load("orders", order)())
     patches, diffusion = load("tokenizers", "image_patches"), load("heads", "diffusion")
     cases = [("raster", {}, diffusion(width=8, blocks=1, sampler={"steps": 2})),
@@ -89,6 +90,20 @@ for model in systems():
     assert len(ImageToTextPipeline(model)(images, seed=0, max_tokens=5).texts) == 2
     AnyToAnyPipeline(model)(["red", images[0]], seed=0)
     hub.load_pretrained(hub.save_pretrained(model, sys.argv[1]))
+
+# sub-codes: each order that takes them, each head that predicts them
+for order, settings, head in (("delay", {"along": True}, "lm"), ("stages", {}, "lm"), ("delay", {"delays": [0, 1, 1, 1]}, "depth"),
+                              ("masked", {"steps": 2}, "lm"), ("raster", {}, "depth")):
+    model = tiny(load("orders", order)(**settings), tokenizer=Levels(), head=load("heads", head)())
+    item = Encoded(grid=(5,), codes=torch.randint(0, 8, (5, 4)))
+    streams = [model.build_document([Segment("text", "red"), Segment("image", item)], torch.Generator()) for _ in range(2)]
+    stream = pack(streams)
+    assert len(unpack(stream)) == 2
+    model.loss(stream).total.backward()
+    known = (item.codes, torch.arange(5) < 2)
+    request = Request(prompt=[Segment("image", item), Segment("text", "a")], items=[("image", (5,))], known=known, max_tokens=4,
+                      sampling=Sampling(guidance=2.0))
+    Engine(model).generate([request, Request(prompt=[Segment("text", "a")], free=True, max_tokens=20)])
 
 for name in plugins.available("tokenizers"):
     tokenizer = plugins.load("tokenizers", name).tiny()
