@@ -84,7 +84,8 @@ class NoisyBlocks:
     ) -> tuple[Float[Tensor, "R D"], Float[Tensor, "T W"]]:
         """What the model predicts for x at the given times, and all hidden states."""
         hidden = model(self.filled(x, time), self.plan)
-        return model.head(self.name).transition(hidden[self.places], x)[0], hidden
+        head: Any = model.head(self.name)  # those that regress have a transition
+        return head.transition(hidden[self.places], x)[0], hidden
 
     def solve(self, model: MultimodalModel, plan: Plan, noise: Float[Tensor, "R D"]) -> Float[Tensor, "R D"]:
         """What a sampler makes of noise, all blocks at once, each with the true clean blocks before it."""
@@ -116,7 +117,7 @@ class Pairs:
 
     @staticmethod
     def from_dict(saved: dict[str, Any]) -> Pairs:
-        records = {
+        records: dict[str, Any] = {
             kind: {name: Placed(**record) for name, record in named.items()} for kind, named in saved["records"].items()
         }
         return Pairs(TokenStream(**saved["stream"], **records), saved["noise"], saved["answer"])
@@ -177,10 +178,11 @@ class Distillation(ModelTraining):
         self.most_pairs, self.distribution = pairs, distribution
         frozen = load_pretrained(teacher).requires_grad_(False)
         own: Any = frozen.modalities[frozen.vocabulary.index[self.modality]].order
-        if own.process != self.process:
-            raise ValueError(
-                f"the teacher was trained with {own.process}, here {self.modality} has {self.process}; use the teacher's"
-            )
+        chosen = next(m for m in self.model.modalities if m.name == self.modality)
+        for name in ("process", "block", "along"):
+            theirs, mine = getattr(own, name, None), getattr(chosen.order, name, None)
+            if theirs != mine:
+                raise ValueError(f"the teacher was trained with {name} {theirs}, here it is {mine}; use the teacher's")
         self.plan: Plan = own.sampler.plan(own.process, teacher_steps)
         if self.plan.draws > 1:
             raise ValueError(
@@ -192,7 +194,6 @@ class Distillation(ModelTraining):
         self.fake = load_pretrained(teacher)
         for name, head in self.fake.heads.items():
             head.requires_grad_(name == self.modality)
-        chosen = next(m for m in self.model.modalities if m.name == self.modality)
         settings = chosen.order.arguments() | {"sampler": {"solver": "euler", "steps": 1}}
         chosen.order = type(chosen.order)(**settings)
         self.one_step: Plan = chosen.order.sampler.plan(self.process)  # type: ignore[attr-defined]
