@@ -1,0 +1,125 @@
+"""`mm tokenize` for sounds, and the record of sounds that pipelines return."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mm.audio import Audio, load_audio, save_audio
+from mm.audio_files import file_kind
+from mm.cli import main
+from mm.pipelines.outputs import AudioOutput
+
+
+def sine(seconds: float, rate: int = 16_000) -> np.ndarray[Any, Any]:
+    return (0.5 * np.sin(2 * np.pi * 440 * np.arange(round(seconds * rate)) / rate)).astype(np.float32)
+
+
+def tokenized(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    assert main(["tokenize", *arguments, "--json"]) == 0, capsys.readouterr().err
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.fixture
+def clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Half a second of a tone that comes and goes."""
+    monkeypatch.chdir(tmp_path)
+    tone = sine(0.5, 8000) * np.abs(np.sin(np.arange(4000) / 400)).astype(np.float32)
+    save_audio("clip.flac", Audio(tone, 8000))
+    return tmp_path / "clip.flac"
+
+
+def test_tokenize_a_sound(clip: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from mm.tokenizers.speech_codec import SpeechCodec
+
+    tokenizer = SpeechCodec.tiny()
+    tokenizer.save("codec")
+    spec = tokenizer.spec
+    figures = tokenized(capsys, "clip.flac", "--tokenizer", "codec", "--out", "new/back")
+    encoded = tokenizer.encode(load_audio(clip))
+    assert figures["wrote"] == str(Path("new/back.wav")) and figures["tokens"] == len(encoded)
+    assert figures["bits"] == round(len(encoded) * spec.num_codes * math.log2(spec.vocab_size), 1)
+    assert figures["bits_per_second"] == pytest.approx(2 * figures["bits"], abs=0.06)
+    assert (figures["sample_rate"], figures["seconds"]) == (8000, 0.5)
+    assert (figures["decoded_sample_rate"], figures["frame_rate"]) == (spec.sample_rate, spec.frame_rate)
+    assert figures["log_mel_l1"] > 0 and "si_sdr_db" not in figures  # its phases are made up
+    back = load_audio("new/back.wav")
+    assert back.rate == spec.sample_rate and back.seconds == pytest.approx(figures["decoded_seconds"], abs=1e-4)
+    assert main(["tokenize", "clip.flac", "--tokenizer", "codec"]) == 0
+    assert "bits per second" in capsys.readouterr().out
+
+
+def test_tokenize_by_waveform(clip: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from mm.evaluate.speech import si_sdr
+    from mm.tokenizers.audio_encodec import AudioEncodec
+
+    tokenizer = AudioEncodec.tiny()
+    tokenizer.save("encodec")
+    save_audio("short.wav", Audio(load_audio(clip).samples[:1600], 8000))
+    figures = tokenized(capsys, "short.wav", "--tokenizer", "audio_encodec:encodec")
+    raw = load_audio("short.wav")
+    assert figures["si_sdr_db"] == round(si_sdr(raw, tokenizer.decode(tokenizer.encode(raw)).value), 2)
+
+
+def test_tokenize_counts_the_words_that_are_misheard(
+    clip: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("pocketsphinx")
+    import mm.evaluate.speech as speech
+    from mm.tokenizers.speech_codec import SpeechCodec
+
+    SpeechCodec.tiny().save("codec")
+    asked: list[str] = []
+
+    def recognise(sounds: list[Audio], grammar: str) -> list[str]:
+        assert [sound.rate for sound in sounds] == [8000, 16_000]
+        asked.append(grammar)
+        return ["three five", "three nine five"]
+
+    monkeypatch.setattr(speech, "recognise", recognise)
+    figures = tokenized(capsys, "clip.flac", "--tokenizer", "codec", "--transcript", "Three  five")
+    assert (figures["heard_before"], figures["heard"]) == ("three five", "three nine five")
+    assert (figures["word_error_before"], figures["word_error"]) == (0, 0.5)
+    tokenized(capsys, "clip.flac", "--tokenizer", "codec", "--transcript", "turn on the light")
+    assert asked == ["digits", "commands"]
+
+
+def test_tokenize_refusals(clip: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for arguments, message in (
+        (["none.wav", "--tokenizer", "text_bytes"], "'none.wav' is missing"),
+        (["clip.flac", "--tokenizer", "mm-tiny"], "has no tokenizer for sounds"),
+        (["clip.flac", "--tokenizer", "mm-tiny", "--out", "x.mp3"], "unknown ending '.mp3'; use one of .wav, .flac"),
+        (["x.txt", "--tokenizer", "text_bytes", "--transcript", "one"], "--transcript is of what is said in a sound"),
+        (["clip.flac", "--tokenizer", "x", "--transcript", " "], "--transcript is empty"),
+    ):
+        assert main(["tokenize", *arguments]) == 2
+        assert message in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "pocketsphinx", None)
+    assert main(["tokenize", "clip.flac", "--tokenizer", "x", "--transcript", "one"]) == 2
+    assert "mm[speech]" in capsys.readouterr().err
+
+
+# --- what pipelines return ------------------------------------------------------------------------------------------
+
+
+def test_sounds_that_pipelines_return_save_themselves(tmp_path: Path) -> None:
+    audios = [sine(0.1), sine(0.2)]
+    output = AudioOutput(audios, 16_000, ["one", "two"], [], 0)
+    places = output.save(tmp_path / "new" / "word")
+    assert [place.name for place in places] == ["word-01.wav", "word-02.wav"]
+    assert [load_audio(place).samples.shape for place in places] == [(1600,), (3200,)]
+    one = AudioOutput(audios[:1], 16_000, ["one"], [], 0)
+    assert one.save(tmp_path / "a.flac") == [tmp_path / "a.flac"] and file_kind((tmp_path / "a.flac").read_bytes()[:16])
+    assert one.save(tmp_path) == [tmp_path / "speech.wav"]
+    with pytest.raises(ValueError, match=r"unknown ending '\.mp3'"):
+        output.save(tmp_path / "a.mp3")
+    broken = AudioOutput([audios[0], np.zeros(0, np.float32)], 16_000, ["one", ""], [], 0)
+    with pytest.raises(ValueError, match="sound 2 of 2 has no samples"):
+        broken.save(tmp_path / "b.wav")
+    assert not list(tmp_path.glob("b*"))
