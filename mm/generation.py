@@ -11,6 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -190,8 +191,11 @@ class Engine:
 
 
 def _ordinary(content: Encoded) -> Encoded:
-    name = next(name for name in ("ids", "codes", "latents") if getattr(content, name) is not None)
-    return replace(content, **{name: content.content.clone()})
+    made: dict[str, Any] = {}
+    for name in ("ids", "codes", "latents"):
+        if (value := getattr(content, name)) is not None:
+            made[name] = value.clone()
+    return replace(content, **made)
 
 
 def assemble(feeds: Sequence[Feed], device: torch.device) -> TokenStream:

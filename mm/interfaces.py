@@ -384,7 +384,7 @@ class Draw:
             self.scale != 1.0 or (self.context is not None and self.context_scale != 1.0)
         )
 
-    def guided(self, made: Float[Tensor, "n D"]) -> Float[Tensor, "m D"]:
+    def guided(self, made: Float[Tensor, "n *D"]) -> Float[Tensor, "m *D"]:
         """Of what a head predicts for all its hidden states, this draw's rows, guided."""
         own = made[self.rows]
         if not self.is_guided or self.unconditional is None:

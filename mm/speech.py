@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 FLOOR = 1e-2
@@ -239,7 +239,7 @@ def reach(blocks: Sequence[int], strides: Sequence[int], n_fft: int, hop: int) -
 
 
 def in_pieces(
-    work: Callable[[Tensor], Tensor], x: Float[Tensor, "B N ..."], *, core: int, context: int, unit: int, made: int
+    work: Callable[[Tensor], Tensor], x: Shaped[Tensor, "B N ..."], *, core: int, context: int, unit: int, made: int
 ) -> Tensor:
     """`work` on pieces of a long input, as on the whole: each piece has `core` steps and up to `context` more to either side,
     whose output is dropped.

@@ -53,6 +53,7 @@ from mm.pipelines.image_to_text import ImageToTextPipeline
 from mm.pipelines.text_to_image import TextToImagePipeline
 from mm.testing import Levels, tiny
 
+load = plugins.load
 # It is on: a function that promises a grid of ids refuses a flat list.
 vq = plugins.load("tokenizers", "image_janus").tiny()
 try:
@@ -65,7 +66,6 @@ else:
 picture = Image.effect_noise((4, 4), 90).convert("RGB")
 def systems():
     # every order with ids and with vectors, as far as it takes them, and every head
-    load = plugins.load
     for order in plugins.available("orders"):
         if order not in ("blocks", "delay", "stages"):
             yield tiny(load("orders", order)())
@@ -92,8 +92,9 @@ for model in systems():
     hub.load_pretrained(hub.save_pretrained(model, sys.argv[1]))
 
 # sub-codes: each order that takes them, each head that predicts them
-for order, settings, head in (("delay", {"along": True}, "lm"), ("stages", {}, "lm"), ("delay", {"delays": [0, 1, 1, 1]}, "depth"),
-                              ("masked", {"steps": 2}, "lm"), ("raster", {}, "depth")):
+coded = [("delay", {"along": True}, "lm"), ("delay", {"delays": [0, 1, 1, 1]}, "depth"), ("stages", {}, "lm"),
+         ("masked", {"steps": 2}, "lm"), ("raster", {}, "depth")]
+for order, settings, head in coded:
     model = tiny(load("orders", order)(**settings), tokenizer=Levels(), head=load("heads", head)())
     item = Encoded(grid=(5,), codes=torch.randint(0, 8, (5, 4)))
     streams = [model.build_document([Segment("text", "red"), Segment("image", item)], torch.Generator()) for _ in range(2)]
