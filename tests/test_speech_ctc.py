@@ -13,8 +13,9 @@ import pytest
 import soundfile
 import torch
 
-from mm.audio import Audio
+from mm.audio import Audio, load_audio
 from mm.backbone import BackboneConfig
+from mm.cli import main as program
 from mm.commands.train import SHIPPED, main
 from mm.ctc import ALPHABET, BLANK, LABELS, LabelMeans, Spelling, compress, ctc_loss, greedy, spell, unspell
 from mm.data.example import BrokenExample, Example
@@ -282,6 +283,20 @@ def test_it_only_reads() -> None:
     tokenizer = SpeechCTC.tiny()
     decoded = tokenizer.decode(tokenizer.encode(spoken("a")))
     assert not decoded.valid and "can't make any" in decoded.reason and len(decoded.value.samples) == 0
+
+
+def test_mm_tokenize_reports_no_loss_of_what_is_not_decoded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    tokenizer = SpeechCTC.tiny()
+    tokenizer.save(tmp_path / "t")
+    (tmp_path / "x.wav").write_bytes(wav(spoken("abc")))
+    arguments = ["tokenize", str(tmp_path / "x.wav"), "--tokenizer", f"speech_ctc:{tmp_path / 't'}"]
+    assert program([*arguments, "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["tokens"] == len(tokenizer.encode(load_audio(tmp_path / "x.wav"))) and "log_mel_l1" not in figures
+    assert program([*arguments, "--out", str(tmp_path / "y.wav")]) == 2
+    assert "makes prompts and can't decode them; leave out --out" in capsys.readouterr().err
+    assert not (tmp_path / "y.wav").exists()
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,8 @@ def main(argv: list[str]) -> int:
         check_transcript(args.transcript, kind)
     out = place(args.out, kind) if args.out else None
     tokenizer = find(args.tokenizer, kind)
+    if not tokenizer.decodes and (out or args.transcript is not None):
+        raise ValueError(f"{args.tokenizer!r} makes prompts and can't decode them; leave out --out and --transcript")
     raw = read(args.file, kind)
     start = time.perf_counter()
     encoded = tokenizer.encode(raw)
@@ -77,7 +79,7 @@ def main(argv: list[str]) -> int:
         "grid": list(encoded.grid),
         "bits": bits(tokenizer.spec, encoded),
         "file_bits": 8 * Path(args.file).stat().st_size,
-        **lost(raw, decoded.value, kind, getattr(tokenizer, "waveform", False)),
+        **(lost(raw, decoded.value, kind, getattr(tokenizer, "waveform", False)) if tokenizer.decodes else {}),
         "encode_ms": round(1000 * (middle - start), 2),
         "decode_ms": round(1000 * (end - middle), 2),
     }
