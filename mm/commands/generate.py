@@ -162,8 +162,7 @@ def _images(pipeline: Pipeline, args: Namespace, progress: Any) -> Any:
             seed=args.seed,
             callback=progress,
         )
-        images = [next(part for part in parts if not isinstance(part, str)) for parts in out.documents]
-        return ImageOutput(images, [args.prompt] * len(images), [], out.seed)
+        return ImageOutput(out.images, [args.prompt] * len(out.images), [], out.seed)
     painter = TextToImagePipeline(pipeline.model, pipeline.recommended)
     return painter(
         args.prompt,
@@ -178,6 +177,7 @@ def _images(pipeline: Pipeline, args: Namespace, progress: Any) -> Any:
 
 def _speech(pipeline: Pipeline, args: Namespace, progress: Any) -> Any:
     """The prompt spoken; a clip of which a span is spoken anew; or a sound after the prompt and what is given."""
+    from mm.interfaces import Sampling
     from mm.pipelines.any_to_any import AnyToAnyPipeline
     from mm.pipelines.outputs import AudioOutput
     from mm.pipelines.text_to_speech import Edit, TextToSpeechPipeline
@@ -193,7 +193,10 @@ def _speech(pipeline: Pipeline, args: Namespace, progress: Any) -> Any:
             [document] * args.num,
             to=[pipeline.speech],
             max_tokens=1,
-            sampling={pipeline.speech: pipeline.sampling(pipeline.speech, _options(args))},
+            sampling={
+                pipeline.speech: pipeline.sampling(pipeline.speech, _options(args)),
+                pipeline.text: Sampling(temperature=0.0),  # the likeliest duration
+            },
             seed=args.seed,
             callback=progress,
         )
@@ -276,8 +279,8 @@ def _write(output: Any, args: Namespace) -> int:
 
     if isinstance(output, AudioOutput):
         places = output.save(args.out or unused(slug(args.prompt, "speech") + ".wav"))
-        for place, samples in zip(places, output.audios, strict=True):
-            print(f"wrote {place} ({len(samples) / output.sample_rate:.2f} s)")
+        for file, samples in zip(places, output.audios, strict=True):
+            print(f"wrote {file} ({len(samples) / output.sample_rate:.2f} s)")
         return len(places)
     if not isinstance(output, ImageOutput):
         several = len(args.given) > 1

@@ -161,7 +161,7 @@ class TextToSpeechPipeline(Pipeline):
         if voice is None and not known:
             return []
         if voice is None or (isinstance(voice, str) and voice in known):
-            return [voice_segment(voice or known[0], self.text)]
+            return [self.encode_text(voice_segment(voice or known[0]).content)]
         return self.encode_sounds([voice])
 
     def _prompt(self, text: str | None, beginning: list[Segment]) -> list[Segment]:
@@ -358,7 +358,7 @@ def _best(
 
 def _spread(name: str, value: Any, count: int, one: tuple[type, ...]) -> list[Any]:
     """One value for each of `count` texts, of one for all or a list. Raises `ValueError` for a list of another length."""
-    if isinstance(value, one) or hasattr(value, "read") or not isinstance(value, Sequence):
+    if isinstance(value, (*one, str, bytes)) or hasattr(value, "read") or not isinstance(value, Sequence):
         return [value] * count
     if len(value) != count:
         raise ValueError(f"got {len(value)} of `{name}` for {count} texts; give one for all, or one for each")
