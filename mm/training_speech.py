@@ -42,7 +42,8 @@ class SpeechTokenizerModule(L.LightningModule):
         learning_rate, weight_decay, betas: of AdamW; matrices and kernels decay, vectors do not.
         warmup: steps of linear warm-up; then a cosine to `final_rate` times the rate at the last step.
         warm_start: how many training crops the tokenizer's codebooks are fitted to before the first step; 0 = none.
-        save_to: directory that receives the tokenizer (averaged weights, where EMA is on) after every validation.
+        save_to: directory that receives the tokenizer (averaged weights, where EMA is on) after every validation; so the last
+            step should be validated.
     """
 
     def __init__(
