@@ -200,6 +200,7 @@ def align(samples: np.ndarray[Any, np.dtype[np.int16]], text: str) -> Words | No
     decoder = getattr(_decoders, "decoder", None)
     if decoder is None:
         decoder = _decoders.decoder = require_pocketsphinx().Decoder(samprate=RATE, lm=None, loglevel="FATAL")
+    decoder.reinit_feat()  # forget the noise of the clip before: which it was depends on the threads
     decoder.set_align_text(text)
     decoder.start_utt()
     decoder.process_raw(samples.tobytes(), full_utt=True)

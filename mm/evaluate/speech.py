@@ -81,6 +81,7 @@ def _hear(decoder: Any, sound: Audio) -> str:
         return ""
     samples = torch.nn.functional.pad(samples * (LEVEL / loudness), (round(PAD * RATE),) * 2)
     data = samples.clamp(-1, 1).mul(32767).round().to(torch.int16).numpy()
+    decoder.reinit_feat()  # forget the noise of the sound before
     decoder.start_utt()
     decoder.process_raw(data.tobytes(), full_utt=True)
     decoder.end_utt()
