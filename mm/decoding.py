@@ -96,8 +96,14 @@ class SingleStep:
         self.gate_up = torch.empty(rows, 2 * c.hidden)
         self.gate, self.up = self.gate_up.chunk(2, dim=-1)
 
-    def __call__(self, x: Float[Tensor, "R W"], position: Float[Tensor, "R 3"], first: int) -> Float[Tensor, "R W"]:
-        """Hidden state of the next position of cache rows `first`, `first` + 1, …"""
+    def __call__(
+        self,
+        x: Float[Tensor, "R W"],
+        position: Float[Tensor, "R 3"],
+        first: int,
+        every: Float[Tensor, "R W"] | None = None,
+    ) -> Float[Tensor, "R W"]:
+        """Hidden state of the next position of cache rows `first`, `first` + 1, …; `every` is added to each block's input."""
         rows, cache = len(x), self.cache
         if rows != self.rows:
             self._allocate(rows)
@@ -115,6 +121,8 @@ class SingleStep:
         )
         self.x.copy_(x)
         for layer, (all_keys, all_values), key, value in zip(self.layers, self.slots, keys, values, strict=True):
+            if every is not None:
+                self.x.add_(every)
             h = self._normed(layer.attention_norm)
             if layer.qkv_bias is None:
                 torch.mm(h, layer.qkv, out=self.qkv)

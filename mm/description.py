@@ -105,6 +105,7 @@ def _short(value: object) -> str:
 def read_config(folder: Path) -> dict[str, Any]:
     """The description of a checkpoint folder; every field that is used has its type and lies within bounds."""
     from mm.backbone import BackboneConfig
+    from mm.interfaces import Fusion
 
     file = safe_io.inside(folder, CONFIG)
     config = safe_io.read_json(file)
@@ -135,6 +136,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         check.types(entry, "a modality", {"name": str, "weight": float, **parts})
         if not NAME.fullmatch(entry["name"]):
             raise ValueError(f"{str(file)!r} has a modality {_short(entry['name'])!r}; expected letters, digits and _")
+        if not fits(entry.get("fusion", "middle"), Fusion):
+            raise ValueError(f"{str(file)!r} has fusion {_short(entry['fusion'])!r}; expected early, middle or late")
         for part in parts:
             place = f"the {part} of {entry['name']!r}"
             check.types(entry[part], place, {"class_path": str})

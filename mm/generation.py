@@ -9,7 +9,7 @@ the item and dropped at its end. Each row has its own random generator, so a see
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mm.cache import Chunk, KVCache
 from mm.decoding import SingleStep
+from mm.fusion import Given
 from mm.interfaces import Draw, Encoded, Sampling
 from mm.layout import NULL, Segment
 from mm.model import MultimodalModel
@@ -52,6 +53,9 @@ class Request:
     seed: int = 0
     known: tuple[Tensor, Tensor] | None = None
     """Given elements of the first item: (content, which are given)."""
+    alongside: Mapping[str, Given] = field(default_factory=dict)
+    """By modality, what comes from elsewhere while its items are generated: {"speech": {"listening": rows}}, or a function in
+    the place of the rows, which is asked for those of element 0, 1, … as their turn comes (live)."""
 
 
 @dataclass(frozen=True)
@@ -125,11 +129,15 @@ class Engine:
         chunks = [Chunk(feed.slot(count), feed.order, feed.copy, feed.keep) for feed in feeds]
         neighbours = chunks[-1].row - chunks[0].row == len(chunks) - 1
         if step is not None and neighbours and all(feed.plain for feed in feeds):
+            position, every, late = torch.tensor([feed.position[0] for feed in feeds]), None, None
             if any(feed.records for feed in feeds):
-                x = self.model.embed(assemble(feeds, self.model.device))
+                stream = assemble(feeds, self.model.device)
+                x, late = self.model.embed(stream), self.model.injected(stream, "late")
+                if (middle := self.model.injected(stream, "middle")) is not None:
+                    every = self.model.added(torch.zeros_like(x), middle)
             else:
                 x = self.model.embedding(torch.tensor([feed.ids[0] for feed in feeds]))
-            hidden = step(x, torch.tensor([feed.position[0] for feed in feeds]), chunks[0].row)
+            hidden = self.model.added(step(x, position, chunks[0].row, every), late)
         else:
             hidden = self.model(assemble(feeds, self.model.device), cache.plan(chunks))
         cache.commit(chunks)
@@ -195,6 +203,7 @@ def _ordinary(content: Encoded) -> Encoded:
     for name in ("ids", "codes", "latents"):
         if (value := getattr(content, name)) is not None:
             made[name] = value.clone()
+    made["alongside"] = {name: rows.clone() for name, rows in content.alongside.items()}
     return replace(content, **made)
 
 

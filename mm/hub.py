@@ -88,9 +88,12 @@ def save_pretrained(
 def _describe_modality(modality: Modality, folder: Path) -> dict[str, Any]:
     if not NAME.fullmatch(modality.name):
         raise ValueError(f"a modality named {modality.name!r} can't be saved; its name needs letters, digits and _")
+    # said only where it means something
+    fusion = {"fusion": modality.fusion} if modality.tokenizer.spec.alongside else {}
     return {
         "name": modality.name,
         "weight": modality.weight,
+        **fusion,
         "tokenizer": _describe_tokenizer(modality, folder),
         "head": describe("heads", modality.head, f"the head of {modality.name!r}"),
         "order": describe("orders", modality.order, f"the order of {modality.name!r}"),
@@ -207,6 +210,12 @@ def load_weights(model: MultimodalModel, path_or_name: str | os.PathLike[str]) -
             raise ValueError(
                 f"the checkpoint's backbone has {name} {saved}, this one {value}; use the backbone it was trained with"
             )
+    for modality, entry in zip(model.modalities, config["modalities"], strict=True):
+        if modality.tokenizer.spec.alongside and entry.get("fusion") != modality.fusion:
+            raise ValueError(
+                f"the checkpoint's {modality.name} has fusion {entry.get('fusion')}, this one {modality.fusion}; use the one it "
+                "was trained with"
+            )
     model.load_state_dict(_read_weights(folder, model))
     model.null_seen = config.get("null_seen") or model.null_seen
     model.voices = check_voices(config.get("voices") or [], "the checkpoint") or model.voices
@@ -281,6 +290,7 @@ def _build(config: Mapping[str, Any], tokenizers: Mapping[str, ModalityTokenizer
             head=construct("heads", entry["head"], f"the head of {entry['name']!r}"),
             order=construct("orders", entry["order"], f"the order of {entry['name']!r}"),
             weight=float(entry["weight"]),
+            fusion=entry.get("fusion", "middle"),
         )
         for entry in config["modalities"]
     ]

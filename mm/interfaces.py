@@ -10,16 +10,17 @@ import abc
 import contextlib
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 Kind = Literal["discrete", "codes", "continuous"]
+Fusion = Literal["early", "middle", "late"]
 
 DRAWN = -2
 """Among given sub-codes: this one is to be drawn (−1: none stands there)."""
@@ -49,6 +50,10 @@ class Spec:
     """Samples a second of the sound that elements stand for; 0: it isn't sound."""
     frame_rate: float = 0.0
     """Elements a second of a tokenizer of sound."""
+    alongside: Mapping[str, int] = field(default_factory=dict)
+    """Name → width of the vectors that come from elsewhere beside every element (`Encoded.alongside`)."""
+    stop: int = -1
+    """The id that, as sub-code 0 of an element, ends an item before the extent it announced; −1: none does."""
     fingerprint: str = ""
     """Changes whenever the meaning of a token changes (weights, tables, version); checked against checkpoints and caches."""
 
@@ -70,15 +75,29 @@ class Encoded:
     latents: Float[Tensor, "N D"] | None = None
     micro: tuple[float, ...] = ()
     """Facts about the item as a whole (original size, crop, score) for orders that condition on them (Meissonic)."""
+    alongside: dict[str, Float[Tensor, "N F"]] = field(default_factory=dict)
+    """What comes from elsewhere at the time of each element and is never generated (what is heard while speaking, LSLM). The
+    position that holds element i reads row i, and so predicts element i + 1 from what came up to i. Without it nothing is
+    added there, which is the same as rows of zeros."""
+    ended: bool = False
+    """The item ended before the extent it announced: it has the first N elements of its grid only (a list)."""
 
     def __post_init__(self) -> None:
         count = 1
         for extent in self.grid:
             count *= extent
+        if self.ended and len(self.grid) == 1:
+            count = min(count, len(self))
         if sum(x is not None for x in (self.ids, self.codes, self.latents)) != 1:
             raise ValueError("Encoded needs exactly one of ids, codes, latents")
         if len(self.content) != count:
             raise ValueError(f"Encoded holds {len(self.content)} elements, but its grid {self.grid} has {count}")
+        for name, rows in self.alongside.items():
+            if rows.ndim != 2 or len(rows) != len(self.content):
+                raise ValueError(
+                    f"Encoded has {name!r} of shape {tuple(rows.shape)} alongside {len(self.content)} elements; give a row of "
+                    "numbers an element"
+                )
 
     @property
     def content(self) -> Tensor:
@@ -283,6 +302,8 @@ class Order(Configured, abc.ABC):
     the text's, so that they say how far the text has come, and the list's extent how fast (ARDiT, section 3.2)."""
     beside: bool = False
     """Whether an item's elements are evaluated once more beside its clean positions, and the cache needs room for both."""
+    ends: bool = False
+    """Whether its items may end before the extent they announced (`Spec.stop`)."""
 
     def check(self, spec: Spec) -> None:  # noqa: B027 most orders take every kind of token
         """Raises `ValueError` for a tokenizer whose tokens this order can't lay out."""
@@ -316,6 +337,8 @@ class Session(abc.ABC):
 
     lays_out: bool = False
     """An autoregressive session says by `settled` what enters the cache; otherwise its elements do, one by one, as they are."""
+    stop: int = -1
+    """As `Spec.stop`; the engine sets it."""
 
     @abc.abstractmethod
     def propose(self) -> Proposal | None:
@@ -425,3 +448,9 @@ class Modality:
     order: Order
     weight: float = 1.0
     """Loss weight of the modality (Emu3: 0.5 on vision)."""
+    fusion: Fusion = "middle"
+    """Where what comes alongside its elements enters the backbone (`mm.fusion`)."""
+
+    def __post_init__(self) -> None:
+        if self.fusion not in get_args(Fusion):
+            raise ValueError(f"fusion must be early, middle or late, got {self.fusion!r:.60}")

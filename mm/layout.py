@@ -10,12 +10,13 @@ Where an item runs along the text before it (`Order.along`), its N elements stan
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mm.fusion import check_alongside
 from mm.interfaces import Encoded, Layout, Modality, Order
 from mm.stream import Placed, TokenStream, join
 from mm.vocabulary import Vocabulary
@@ -35,6 +36,11 @@ def stretch(order: Order, grid: Sequence[int], cursor: float, span: Span | None)
 def holdings(content: Tensor, layout: Layout) -> Tensor:
     """What each position of an item holds."""
     return content[layout.element] if layout.held is None else layout.held
+
+
+def with_rows(layout: Layout, rows: dict[str, Tensor]) -> Layout:
+    """The layout with what comes alongside its elements: each position reads the row of the element that it holds."""
+    return replace(layout, inject=layout.inject | {name: values[layout.element] for name, values in rows.items()})
 
 
 @dataclass(frozen=True)
@@ -101,6 +107,9 @@ class DocumentBuilder:
             if number:
                 draft.controls(self.vocabulary.opening(entry.name, encoded.grid), host_weight)
             layout = modality.order.layout(encoded, context=not segment.loss, rng=rng)
+            if encoded.alongside:
+                check_alongside(encoded, modality.tokenizer.spec, entry.name)
+                layout = with_rows(layout, encoded.alongside)
             place = stretch(modality.order, encoded.grid, draft.cursor, draft.span) if number else (draft.cursor, 1.0)
             draft.span = None if number else (draft.cursor, len(encoded))
             draft.item(number, encoded.content, layout, modality.weight if segment.loss else 0.0, *place)

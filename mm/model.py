@@ -17,11 +17,16 @@ from torch import Tensor, nn
 from mm.attention import AttentionPlan, Packed
 from mm.backbone import Backbone, BackboneConfig, Float32Buffers
 from mm.diffusion import Process
+from mm.fusion import Fusion
 from mm.grammar import Grammar
+from mm.interfaces import Fusion as Way
 from mm.interfaces import Head, Modality
 from mm.layout import DocumentBuilder
 from mm.stream import TokenStream
 from mm.vocabulary import NAMED, SIZES, Vocabulary
+
+Injected = tuple[Float[Tensor, "C W"], Int[Tensor, " C"]]
+"""Vectors, and the positions where they are added."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,17 @@ class MultimodalModel(nn.Module):
                     )
                 if name not in self.inject:
                     self.inject[name] = Conditions(features, width)
+            if spec.stop >= 0 and not modality.order.ends:
+                raise ValueError(
+                    f"{modality.name}: its items may end early, which {type(modality.order).__name__} doesn't know; give it "
+                    "an order that does, such as delay"
+                )
+            for name, features in spec.alongside.items():
+                if name in self.inject:
+                    raise ValueError(
+                        f"{modality.name}: another modality has {name!r}, too; give each a name of its own"
+                    )
+                self.inject[name] = Fusion(features, width, modality.fusion)
         for table in (self.embedding, self.mask, *self.code_embeddings.values()):
             nn.init.normal_(cast(nn.Embedding, table).weight, std=0.02)
 
@@ -129,15 +145,28 @@ class MultimodalModel(nn.Module):
                 if self.process(number) is not None:
                     hidden = hidden & (stream.modality != number)
             x = torch.where(hidden[:, None], self.mask(stream.modality), x)
-        for name, record in stream.inject.items():
-            x = x.index_add(0, record.index, self.inject[name](record.values).to(x.dtype))
-        return x
+        return self.added(x, self.injected(stream, "early"))
+
+    def injected(self, stream: TokenStream, way: Way) -> Injected | None:
+        """Vectors that enter the backbone this way, and the positions where they do."""
+        found = [(self.inject[name], record) for name, record in stream.inject.items()]
+        chosen = [(module(record.values), record.index) for module, record in found if module.way == way]
+        if not chosen:
+            return None
+        return torch.cat([values for values, _ in chosen]), torch.cat([index for _, index in chosen])
+
+    @staticmethod
+    def added(x: Float[Tensor, "T W"], injected: Injected | None) -> Float[Tensor, "T W"]:
+        return x if injected is None else x.index_add(0, injected[1], injected[0].to(x.dtype))
 
     def forward(
         self, stream: TokenStream, plan: AttentionPlan | None = None, noise: Mapping[str, Tensor] | None = None
     ) -> Float[Tensor, "T W"]:
         """Hidden state of every position; `plan` defaults to attention inside the packed documents, `noise` as `embed`."""
-        return self.backbone(self.embed(stream, noise), stream.position, plan or Packed(stream), stream.time)
+        middle = self.injected(stream, "middle")
+        every = None if middle is None else dict.fromkeys(range(self.backbone.config.layers), middle)
+        x = self.backbone(self.embed(stream, noise), stream.position, plan or Packed(stream), stream.time, every)
+        return self.added(x, self.injected(stream, "late"))
 
     def logits(self, stream: TokenStream, name: str) -> Tensor:
         """Teacher-forced logits of one modality's head at every position."""
@@ -206,6 +235,8 @@ class MultimodalModel(nn.Module):
 class Conditions(Float32Buffers):
     """Scalar facts (mask rate, size, score) → width: sinusoids of each, then a two-layer network. The last layer starts at zero,
     so that a condition added to a trained model changes nothing at first."""
+
+    way: Way = "early"
 
     def __init__(self, features: int, width: int, bands: int = 32) -> None:
         super().__init__()

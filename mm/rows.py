@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from mm.fusion import Alongside
 from mm.grid import coordinates
 from mm.interfaces import Encoded, Layout, Modality, Proposal, Sampling, Session
 from mm.layout import NULL, Segment, holdings
@@ -43,6 +44,10 @@ class Row:
         self.within: range | None = None
         """Bounds of the extent that is being asked for, and what it is multiplied by."""
         self.stretch = 1.0
+        self.alongside: Alongside | None = None
+        """Of the open item."""
+        for name in request.alongside:
+            self._alongside(name)  # refused now, if it has to be
         self._prompt()
         forced = most = 0
         for name, grid in self.forced:
@@ -93,6 +98,7 @@ class Row:
             raise ValueError(f"{name} is written as text, not opened as an item; leave it out of `items`")
         if isinstance(grid, tuple):
             self.vocabulary.opening(name, grid)
+            self._alongside(name).check(math.prod(grid))
             return
         if self.known is not None:
             raise ValueError(f"`known` gives elements of {name}, whose extents the model is to choose; name its grid")
@@ -105,6 +111,9 @@ class Row:
 
     def _modality(self, name: str) -> Modality:
         return self.model.modalities[self.vocabulary.index[name]]
+
+    def _alongside(self, name: str) -> Alongside:
+        return Alongside(self.request.alongside.get(name, {}), self._modality(name).tokenizer.spec, name)
 
     def _places(self, name: str, count: int) -> int:
         """Positions that an item's elements take."""
@@ -209,6 +218,9 @@ class Row:
         spec, sampling = modality.tokenizer.spec, self._sampling(modality.name)
         num_codes = spec.num_codes if spec.kind == "codes" else 0
         self.session = modality.order.session(self.grid, sampling, self.generator, known, spec.dim, num_codes)
+        self.session.stop = spec.stop
+        self.alongside = self._alongside(modality.name)
+        self.alongside.check(math.prod(self.grid))
         self.places = coordinates(self.grid).tolist()
         for track in self._tracks():
             track.enter(modality.order, self.grid)
@@ -232,9 +244,18 @@ class Row:
             self.fed += len(layout.element)
             self.orders = max(self.orders, int(layout.order.max()) + 1)
 
+    def _injecting(self, layout: Layout) -> Layout:
+        """Positions of the open item, with what comes alongside its elements."""
+        assert self.alongside is not None
+        if not self.alongside.given:
+            return layout
+        elements, inverse = layout.element.unique(return_inverse=True)
+        rows = self.alongside.at(elements.tolist())
+        return replace(layout, inject=layout.inject | {name: values[inverse] for name, values in rows.items()})
+
     def _feed_layout(self, track: Track, content: Tensor, layout: Layout) -> None:
         """Clean elements of the open item, and what is injected beside them."""
-        first = len(track.ids)
+        first, layout = len(track.ids), self._injecting(layout)
         held = holdings(content, layout) if layout.reads is None else layout.reads
         places = zip(held, layout.order.tolist(), layout.position.tolist(), strict=True)
         self.extent = max(self.extent, float(layout.position.max()) + 1.0)
@@ -250,7 +271,11 @@ class Row:
         return self.vocabulary.entries[self.item]
 
     def _feed_element(self, token: Tensor) -> None:
+        assert self.alongside is not None
+        rows = self.alongside.at([self.fed])
         for track in self._tracks():
+            for name, vectors in rows.items():
+                track.record("inject", name, vectors[0], len(track.ids))
             track.element(self.entry, self.item, token, self.fed, self.places[self.fed])
         self.extent = max(self.extent, max(self.places[self.fed]) + 1.0)
         self.fed += 1
@@ -263,7 +288,9 @@ class Row:
         self.twins = []
         micro = getattr(modality.order, "micro", ())
         kind = {"discrete": "ids", "codes": "codes", "continuous": "latents"}[self.entry.kind]
-        encoded = Encoded(grid=self.grid, micro=micro, **{kind: content})
+        assert self.alongside is not None
+        ended, rows = len(content) < math.prod(self.grid), self.alongside.of(len(content))
+        encoded = Encoded(grid=self.grid, micro=micro, ended=ended, alongside=rows, **{kind: content})
         self.segments.append(Segment(modality.name, encoded))
         orders = self.orders
         if not self.fed:
@@ -305,8 +332,9 @@ class Row:
             return [track.flush("last") for track in self._tracks()]
         if self.main.ids:  # context first; the item under way is evaluated in the next pass
             return [track.flush(None) for track in self._tracks()]
-        layout, content = proposal.layout, proposal.content
-        assert layout is not None and content is not None
+        content = proposal.content
+        assert proposal.layout is not None and content is not None
+        layout = self._injecting(proposal.layout)
         read = (layout.target >= 0).nonzero()[:, 0]
         return [track.scratch(self.entry, self.item, content, layout, read) for track in self._tracks()]
 

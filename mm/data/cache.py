@@ -157,6 +157,11 @@ def build_cache(
     found = [item for item in items if item is not None]
     if not found:
         raise ValueError(f"{source.what}: no item could be encoded; the first problem: {broken[0]}")
+    if any(item.ended or any(bool(rows.any()) for rows in item.alongside.values()) for item in found):
+        raise ValueError(
+            f"{source.what}: items that end early, or with something alongside their elements, can't be cached; leave the field "
+            f"{field!r} out of `cached`"
+        )
     axes = len(found[0].grid)
     grids = [list(item.grid) if item is not None else [MISSING] * axes for item in items]
     sizes = [len(item) if item is not None else 0 for item in items]

@@ -119,6 +119,7 @@ GOALS: Mapping[tuple[str, str], float] = {
     ("speech tokenizer", "digit recognised, real, originals"): 0.97,
     ("speaking", "word errors, digits, generated"): 0.15,
     ("hearing", "word errors, clear digits"): 0.05,
+    ("listening", "stopped within 0.5 s of an interruption"): 0.95,
     ("emoji", "training captions: asked caption, pixel"): 0.70,
     ("emoji", "training captions: asked caption, feature"): 0.70,
 }

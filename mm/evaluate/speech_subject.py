@@ -8,12 +8,14 @@ from typing import Any
 
 from mm.audio import Audio
 from mm.data.example import Source
+from mm.evaluate.listening import listening_figures
 from mm.evaluate.networks import Say
 from mm.evaluate.protocol import Protocol
 from mm.evaluate.recordings import load_recordings
 from mm.evaluate.results import Figure
 from mm.evaluate.speech_figures import hearing_figures, prepare, speaking_figures, tokenizer_figures
 from mm.interfaces import ModalityTokenizer
+from mm.listening import NAME
 from mm.model import MultimodalModel
 from mm.pipelines.base import Pipeline
 from mm.pipelines.speech_to_text import SpeechToTextPipeline
@@ -48,7 +50,7 @@ class SpeechSubject:
         held = model if isinstance(model, MultimodalModel) else getattr(model, "model", None)
         if not isinstance(held, MultimodalModel):
             raise ValueError(f"got a {type(model).__name__} to evaluate; give a model, a pipeline or a training module")
-        self.name, self.model, self.options = name, held, dict(sampling or {})
+        self.name, self.model, self.options, self.batch = name, held, dict(sampling or {}), batch
         self.speaks = TextToSpeechPipeline(held, recommended, batch)
         self.hears = SpeechToTextPipeline(held, recommended, batch)
         self.sampling = self.speaks.sampling(self.speaks.speech, self.options)
@@ -57,6 +59,11 @@ class SpeechSubject:
     def tokenizer(self) -> ModalityTokenizer:
         """Of the sound."""
         return self.speaks.tokenizer(self.speaks.speech)
+
+    @property
+    def listens(self) -> bool:
+        """Whether it hears anything while it speaks."""
+        return NAME in self.tokenizer.spec.alongside
 
     def speak(self, texts: Sequence[str], voices: Sequence[str], seed: int) -> list[Audio]:
         """One sound a text. A model that knows no voices speaks as it likes. Raises `ValueError` for an unknown voice."""
@@ -77,7 +84,7 @@ def evaluate_speech(
     *,
     protocol: Protocol,
     judges: Path | None = None,
-    only: Sequence[str] = ("tokenizer", "speaking", "hearing"),
+    only: Sequence[str] = ("tokenizer", "speaking", "hearing", "listening"),
     say: Say = lambda line: None,
 ) -> list[Figure]:
     """Figures of a model with sound, or of a tokenizer by itself.
@@ -93,6 +100,22 @@ def evaluate_speech(
         if kind in sources:
             say(f"{kind}: reading {sources[kind].what}")
         given[kind] = load_recordings(sources[kind], protocol.holdout_every) if kind in sources else None
+    figures: list[Figure] = []
+    clear = given[CLEAR]
+    if isinstance(subject, SpeechSubject) and "listening" in only and clear is not None and subject.listens:
+        held = clear.subset(clear.where(held=True) or range(len(clear)))
+        figures += listening_figures(
+            subject.model,
+            held,
+            speech=subject.speaks.speech,
+            sampling=subject.sampling,
+            count=protocol.samples,
+            batch=subject.batch,
+            seed=protocol.seed,
+            say=say,
+        )
+    if set(only) <= {"listening"}:
+        return figures
     spoken = prepare(given[CLEAR], given[REAL], judges, say, protocol.seed)
     if isinstance(subject, ModalityTokenizer):
         if not subject.spec.sample_rate:
@@ -100,7 +123,6 @@ def evaluate_speech(
                 f"{type(subject).__name__} is no tokenizer of sound; others are measured as part of a model"
             )
         return tokenizer_figures(subject, spoken, protocol.captioned, say)
-    figures: list[Figure] = []
     if "tokenizer" in only:
         figures += tokenizer_figures(subject.tokenizer, spoken, protocol.captioned, say)
     if "speaking" in only:

@@ -32,6 +32,8 @@ class Delay(Order):
             step's rotary coordinate is its number.
     """
 
+    ends = True
+
     def __init__(
         self,
         pattern: Literal["delay", "parallel", "flatten", "coarse_first"] = "delay",
@@ -78,9 +80,10 @@ class Delay(Order):
     def positions(self, pattern: Pattern, held: Int[Tensor, "n K"], first: int, frames: int) -> Layout:
         """Steps from `first` on."""
         step = torch.arange(first, first + len(held))
-        place = pattern.frame(frames)[step] if self.along else step.float()
+        frame = pattern.frame(frames)[step]
+        place = frame if self.along else step.float()
         return Layout(
-            element=step.clamp(max=max(frames - 1, 0)),
+            element=frame.long().clamp(max=max(frames - 1, 0)),  # the one whose turn it is
             order=step,
             position=place[:, None].expand(-1, 3),
             time=torch.zeros(len(held)),
@@ -127,6 +130,14 @@ class DelaySession(Session):
         while self.made < len(self.steps) and not self.open[self.made]:
             self.made += 1
 
+    def _end(self, last: int) -> None:
+        """The item ends with this frame, and no other sub-code of it is drawn; those of frames before it still are."""
+        codes = self.pattern.revert(self.steps, self.frames)[: last + 1]
+        codes[last] = self.stop
+        self.frames, self.steps = last + 1, self.pattern.build(codes)
+        self.open = (self.steps == DRAWN).any(1).tolist()
+        self.last = self.pattern.when(self.frames).amax(1)
+
     def propose(self) -> Proposal | None:
         if self.made == len(self.steps):
             return None
@@ -137,6 +148,8 @@ class DelaySession(Session):
         given = self.steps[self.made]
         self.steps = self.steps.clone()  # what was given out before stays as it was
         self.steps[self.made] = torch.where(given == DRAWN, sample[0], given)
+        if self.stop >= 0 and self.steps[self.made, 0] == self.stop:
+            self._end(int((self.pattern.when(self.frames)[:, 0] == self.made).nonzero()))
         self.made += 1
         self._skip()
 
