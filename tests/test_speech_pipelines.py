@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,18 @@ def test_the_speech_modality() -> None:
     assert TextToSpeechPipeline(continuous()).speech == NAME
     with pytest.raises(ValueError, match="no modality of sound; it has text, image"):
         TextToSpeechPipeline(tiny())("seven")
+
+
+def test_a_model_that_only_reads_speech() -> None:
+    class Prompts(Frames):
+        @property
+        def spec(self) -> Spec:
+            return replace(super().spec, spatial=False)
+
+    model = continuous(Prompts())
+    with pytest.raises(ValueError, match="this model reads 'image' and can't make it"):
+        TextToSpeechPipeline(model)("seven")
+    assert len(SpeechToTextPipeline(model)(sound(0.2), max_tokens=3).texts) == 1
 
 
 def test_kinds_and_counts(speaker: TextToSpeechPipeline, tmp_path: Path) -> None:

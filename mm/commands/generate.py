@@ -93,7 +93,8 @@ def main(argv: list[str]) -> int:
     kinds = ["text"]
     if any(len(entry.max_grid) == 2 for entry in pipeline.model.vocabulary.entries):
         kinds.append("image")
-    if any(modality.tokenizer.spec.sample_rate for modality in pipeline.model.modalities[1:]):
+    specs = [modality.tokenizer.spec for modality in pipeline.model.modalities[1:]]
+    if any(spec.sample_rate and spec.spatial for spec in specs):  # not where sounds are only read
         kinds.append("speech")
     if args.to not in kinds:
         raise ValueError(f"{args.model!r} makes {' and '.join(kinds)}, not {args.to!r}")

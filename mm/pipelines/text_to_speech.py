@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import NoneType
 from typing import Any, Unpack
@@ -129,6 +129,10 @@ class TextToSpeechPipeline(Pipeline):
         probe: bool = False,
     ) -> list[list[Utterance]]:
         """Each text as the items that it takes. `probe`: of edits, also what follows the span is generated, for a score."""
+        if not self.tokenizer(self.speech).spec.spatial:
+            raise ValueError(
+                f"this model reads {self.speech!r} and can't make it: its elements don't stand for times; use a model of speech"
+            )
         count = len(texts)
         voices = _spread("voice", voice, count, (str, os.PathLike, bytes, Audio, tuple, NoneType))
         durations = _spread("duration", duration, count, (int, float, NoneType))
@@ -334,7 +338,7 @@ def _completed(item: Encoded, wanted: Plan | None) -> Encoded:
         return item
     kind = next(kind for kind in ("ids", "codes", "latents") if getattr(item, kind) is not None)
     values: Mapping[str, Any] = {kind: wanted.completed(item.content)}
-    return Encoded(grid=item.grid, micro=item.micro, **values)
+    return replace(item, **values)
 
 
 def _best(
