@@ -110,7 +110,7 @@ for name in plugins.available("tokenizers"):
     tokenizer = plugins.load("tokenizers", name).tiny()
     known = [] if name.startswith(("text", "image")) else tokenizer.examples()
     encoded = tokenizer.encode([*known, "a red apple" if name.startswith("text") else picture][0])
-    assert tokenizer.decode(encoded).valid
+    assert tokenizer.decode(encoded).valid == tokenizer.decodes
     tokenizer.decode(Encoded(grid=(1, 1), ids=torch.zeros(1, dtype=torch.long)))
 print(checker.checked)
 """
