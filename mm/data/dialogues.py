@@ -132,10 +132,10 @@ class Channel:
                 raise BrokenExample(f"clip {number} has no sample to interrupt with")
             small = (samples.clip(-1, 1) * 32767).round().astype(np.int16)
             if len(small) > self._room:
-                return small.astype(np.float32) / 32767
+                return small.astype(np.float32) / np.float32(32767)
             self._room -= len(small)
             self._kept[number] = small
-        return self._kept[number].astype(np.float32) / 32767
+        return self._kept[number].astype(np.float32) / np.float32(32767)
 
 
 def coloured(kind: str, size: int, rng: np.random.Generator) -> Samples:

@@ -1,0 +1,681 @@
+"""Listening while speaking: rows alongside elements in training and generation, items that end early, IRQ, made dialogues."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from mm import hub, nested
+from mm.audio import Audio
+from mm.backbone import BackboneConfig
+from mm.data.cache import build_cache
+from mm.data.dialogues import RATE, Channel, Dialogues, from_onset, levelled, spoken_words
+from mm.data.example import Lazy
+from mm.data.shards import ShardSource
+from mm.data.speech_corpus import wav_bytes
+from mm.evaluate.listening import WITHIN, cases, ear_of, listening_figures, stops
+from mm.evaluate.recordings import Recordings
+from mm.fusion import Alongside, Fusion
+from mm.generation import Engine, Request
+from mm.heads.depth import DepthHead
+from mm.heads.lm import LMHead
+from mm.interfaces import Encoded, Modality, Sampling, Spec
+from mm.interfaces import Fusion as Way
+from mm.layout import NULL, Segment
+from mm.listening import NAME, Dialogue, Ear, Listener
+from mm.model import MultimodalModel
+from mm.orders.delay import Delay
+from mm.orders.raster import Raster
+from mm.stream import pack
+from mm.testing import Levels, Uncached, predictors, tiny, watch, write_tar
+from mm.tokenizers.speech_codec import SpeechCodec
+from mm.tokenizers.speech_duplex import SpeechDuplex
+from mm.tokenizers.text_bytes import TextBytes
+
+WAYS = get_args(Way)
+STOP = 8
+PROMPT = [Segment("text", "say it", loss=False)]
+Make = Callable[..., MultimodalModel]
+
+
+class Hearing(Levels):
+    """Levels with one more id, which stops the item, and three numbers alongside each element."""
+
+    @property
+    def spec(self) -> Spec:
+        return replace(super().spec, vocab_size=STOP + 1, alongside={"heard": 3}, stop=STOP)
+
+
+class Numbered(Levels):
+    """Levels with two numbers alongside each element, for orders whose items don't end early."""
+
+    @property
+    def spec(self) -> Spec:
+        return replace(super().spec, alongside={"heard": 3})
+
+
+def model(way: Way, order: Any = None, tokenizer: Any = None, head: Any = None, **backbone: Any) -> MultimodalModel:
+    torch.manual_seed(0)
+    modalities = [
+        Modality(name="text", tokenizer=TextBytes(), head=LMHead(), order=Raster()),
+        Modality(
+            name="speech",
+            tokenizer=tokenizer or Hearing(),
+            head=head or LMHead(bias=True),
+            order=order or Delay(),
+            fusion=way,
+        ),
+    ]
+    made = MultimodalModel(BackboneConfig(**{"width": 32, "layers": 2, "heads": 4, **backbone}), modalities, 256)
+    for parameter in made.parameters():  # zero-initialised layers would hide mistakes
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return made.eval()
+
+
+def never(of: MultimodalModel) -> MultimodalModel:
+    """It doesn't stop by itself."""
+    head = of.head("speech")
+    assert isinstance(head, LMHead) and head.bias is not None
+    head.bias.data.view(-1, STOP + 1)[:, STOP] = -1e4
+    return of
+
+
+def stopping(of: MultimodalModel, at: int) -> MultimodalModel:
+    """It stops in its draw number `at`, counted from 0."""
+    head, drawn = never(of).head("speech"), [0]
+    sample = head.sample
+
+    def wrapped(hidden: Tensor, draws: Any) -> Any:
+        made = sample(hidden, draws)
+        if drawn[0] == at:
+            made[0][0][0, 0] = STOP
+        drawn[0] += 1
+        return made
+
+    head.sample = wrapped  # type: ignore[method-assign]
+    return of
+
+
+def rows(count: int, seed: int = 1, width: int = 3) -> Tensor:
+    return torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
+
+
+def request(count: int, heard: Any, **more: Any) -> Request:
+    return Request(
+        prompt=PROMPT, items=[("speech", (count,))], alongside={"speech": {"heard": heard}}, text=False, **more
+    )
+
+
+def close(mine: Tensor, wanted: Tensor) -> None:
+    torch.testing.assert_close(mine, wanted, atol=3e-5, rtol=1e-4)
+
+
+# --- fusion in training and generation ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("order", [Delay(), Delay("parallel", along=True), Delay("flatten")], ids=lambda o: o.kind)
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_cached_generation_sees_what_training_sees(way: Way, order: Delay, guidance: float) -> None:
+    of, heard = never(model(way, order)), rows(7)
+    seen = watch(of)["speech"]
+    (made,) = Engine(of).generate([request(7, heard, sampling=Sampling(guidance=guidance), seed=3)])
+    (item,) = made
+    assert torch.equal(item.content.alongside["heard"], heard) and not item.content.ended
+    document = of.build_document([*PROMPT, item], torch.Generator()).validate()
+    close(torch.cat([hidden[draw.rows] for hidden, draw, _ in seen]), predictors(of, document, "speech"))
+    if guidance != 1.0:
+        twin = of.build_document([Segment(NULL), item], torch.Generator())
+        close(torch.cat([hidden[draw.unconditional] for hidden, draw, _ in seen]), predictors(of, twin, "speech"))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("options", [{}, {"adaln": True}], ids=["one position at a time", "general"])
+def test_a_batch_of_rows_in_different_places(way: Way, options: dict[str, Any]) -> None:
+    """The fast path and the general one, against an engine without a cache."""
+    of = never(model(way, **options))
+    asked = [request(n, rows(n, seed=n), seed=n, sampling=Sampling(temperature=0)) for n in (5, 9, 7)]
+    for mine, wanted in zip(Engine(of).generate(asked), Uncached(of).generate(asked), strict=True):
+        assert torch.equal(mine[0].content.content, wanted[0].content.content)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_is_heard_matters_and_only_later(way: Way) -> None:
+    """The position that predicts element i + 1 reads row i, and those before it don't."""
+    of, content = model(way, Delay("parallel")), torch.randint(0, 8, (6, 4))
+    one, other = rows(6), rows(6)
+    other[3] += 1.0
+    hidden = []
+    for heard in (one, other):
+        encoded = Encoded(grid=(6,), codes=content, alongside={"heard": heard})
+        document = of.build_document([*PROMPT, Segment("speech", encoded)], torch.Generator())
+        hidden.append(predictors(of, document, "speech"))  # of elements 0 to 5
+    changed = (hidden[0] - hidden[1]).abs().amax(1) > 1e-4
+    later = [True, way != "late"]  # what was added at the end isn't seen by what follows
+    assert changed.tolist() == [False] * 4 + later
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_middle_enters_every_block(way: Way) -> None:
+    of = model(way, layers=3)
+    encoded = Encoded(grid=(4,), codes=torch.zeros(4, 4, dtype=torch.long), alongside={"heard": rows(4)})
+    stream = of.build_document([Segment("speech", encoded)], torch.Generator())
+    inputs: list[Tensor] = []
+    for block in of.backbone.blocks:
+        block.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+    outputs: list[Tensor] = []
+    for block in of.backbone.blocks:
+        block.register_forward_hook(lambda _, __, out: outputs.append(out))
+    of.backbone.norm.register_forward_hook(lambda _, __, out: outputs.append(out))
+    with torch.no_grad():
+        final = of(stream)
+        added = of.inject["heard"](stream.inject["heard"].values)
+    bare = torch.zeros_like(inputs[0]).index_add(0, stream.inject["heard"].index, added)
+    between = [after - before for before, after in zip(outputs[:2], inputs[1:], strict=True)]
+    for difference in between:
+        close(difference, bare if way == "middle" else torch.zeros_like(bare))
+    close(final - outputs[-1], bare if way == "late" else torch.zeros_like(bare))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_silence_is_nothing(way: Way) -> None:
+    """Rows of zeros add nothing, in training and in generation, so that a model that listens can do without."""
+    of = never(model(way))
+    bare = Request(prompt=PROMPT, items=[("speech", (5,))], text=False, seed=2)
+    silent = request(5, torch.zeros(5, 3), seed=2)
+    one, other = (Engine(of).generate([asked])[0][0].content.content for asked in (bare, silent))
+    assert torch.equal(one, other)
+    assert not torch.equal(Fusion(3, 8, way)(rows(2)), torch.ones(2, 8))
+    assert not Fusion(3, 8, way)(rows(2)).any(), "listening added to a trained model changes nothing at first"
+
+
+def test_asked_live() -> None:
+    """A function is asked for every element once, in turn, each after the one before it was drawn."""
+    of, heard, asked = never(model("middle")), rows(6), []
+
+    def listen(element: int) -> Tensor:
+        asked.append(element)
+        return heard[element]
+
+    twins = Sampling(guidance=2.0)  # which hear the same
+    (live,), (given,) = (Engine(of).generate([request(6, h, seed=4, sampling=twins)])[0] for h in (listen, heard))
+    assert asked == list(range(6))
+    assert torch.equal(live.content.content, given.content.content)
+    assert torch.equal(live.content.alongside["heard"], heard)
+
+
+def test_raster_items_listen_too() -> None:
+    """Orders that feed element by element, and a depth head."""
+    for order in (Raster(), Delay("parallel")):
+        of = model("middle", order, tokenizer=Numbered(), head=DepthHead())
+        heard = rows(4)
+        seen = watch(of)["speech"]
+        (made,) = Engine(of).generate([request(4, heard)])
+        document = of.build_document([*PROMPT, made[0]], torch.Generator())
+        close(torch.cat([hidden[draw.rows] for hidden, draw, _ in seen]), predictors(of, document, "speech"))
+
+
+# --- items that end early -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", [Delay(), Delay("parallel", along=True), Delay("flatten")], ids=lambda o: o.kind)
+@pytest.mark.parametrize("way", ["early", "middle"])
+@pytest.mark.parametrize("last", [0, 2, 6])
+def test_an_item_ends_where_the_stop_is_drawn(order: Delay, way: Way, last: int) -> None:
+    stride = order.pattern(4).stride
+    of, heard = stopping(model(way, order), at=stride * last), rows(7)
+    seen = watch(of)["speech"]
+    (made,) = Engine(of).generate([request(7, heard, seed=1)])
+    (item,) = made
+    content = item.content
+    assert content.grid == (7,) and content.codes is not None and len(content.codes) == last + 1
+    assert (content.codes[last] == STOP).all() and not (content.codes[:last] == STOP).any()
+    assert content.ended == (last < 6) and len(content.alongside["heard"]) == last + 1
+    document = of.build_document([*PROMPT, item], torch.Generator()).validate()
+    wanted = predictors(of, document, "speech")
+    asked = torch.cat([hidden[draw.rows] for hidden, draw, _ in seen])
+    # training also learns the rest of the last element, which is not drawn: it is known
+    close(asked, wanted[: len(asked)])
+    open_steps = int((order.pattern(4).build(content.codes.clone().fill_(0))[:, :] >= 0).any(1).sum())
+    assert len(wanted) == open_steps
+    assert last * stride + 1 <= len(asked) <= len(wanted)
+
+
+def test_what_follows_an_ended_item() -> None:
+    """Its extent stays what was announced, and the text after it is conditioned on what there is."""
+    of = stopping(model("middle"), at=2)
+    asked = Request(prompt=PROMPT, items=[("speech", (9,)), ("speech", (2,))], text=False, max_tokens=4)
+    (made,) = Engine(of).generate([asked])
+    assert [(len(s.content), s.content.grid) for s in made] == [(3, (9,)), (2, (2,))]
+    stream = of.build_document([*PROMPT, *made], torch.Generator())
+    extents = [int(i) - of.vocabulary.extent(1) + 1 for i in stream.ids if int(i) >= of.vocabulary.extent(1)]
+    assert extents == [9, 2]
+
+
+def test_ended_items_are_lists() -> None:
+    codes = torch.zeros(3, 2, dtype=torch.long)
+    assert len(Encoded(grid=(5,), codes=codes, ended=True)) == 3
+    for grid in ((5,), (2,), (2, 2)):
+        with pytest.raises(ValueError, match="holds 3 elements"):
+            Encoded(grid=grid, codes=codes, ended=grid != (5,))
+    with pytest.raises(ValueError, match="give a row of numbers an element"):
+        Encoded(grid=(3,), codes=codes, alongside={"heard": rows(2)})
+
+
+# --- refusals -------------------------------------------------------------------------------------------------------
+
+
+def test_models_refuse_what_does_not_fit() -> None:
+    with pytest.raises(ValueError, match="may end early, which Raster doesn't know"):
+        model("early", Raster())
+    with pytest.raises(ValueError, match="fusion must be early, middle or late, got 'first'"):
+        model("first")  # type: ignore[arg-type]
+    both = [
+        Modality(name="text", tokenizer=TextBytes(), head=LMHead(), order=Raster()),
+        Modality(name="one", tokenizer=Hearing(), head=LMHead(), order=Delay()),
+        Modality(name="two", tokenizer=Hearing(), head=LMHead(), order=Delay()),
+    ]
+    with pytest.raises(ValueError, match="two: another modality has 'heard', too"):
+        MultimodalModel(BackboneConfig(width=32, layers=1, heads=2), both)
+
+
+@pytest.mark.parametrize(
+    ("heard", "message"),
+    [
+        ({"seen": rows(5)}, "has heard alongside its elements, but 'seen'"),
+        ({"heard": rows(5, width=2)}, r"rows of shape \(2,\), expected 3"),
+        ({"heard": rows(4)}, "has 4 rows for 5 elements"),
+        ({"heard": 3}, "is a int; give a tensor or a function"),
+        ({"heard": lambda n: rows(1)}, r"rows of shape \(1, 3\), expected 3"),
+        ({"heard": lambda n: torch.full((3,), float("nan"))}, "no tensor of finite numbers"),
+        ({"heard": lambda n: [0.0] * 3}, "no tensor of finite numbers"),
+    ],
+)
+def test_requests_are_checked(heard: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Engine(never(model("early"))).generate([replace(request(5, None), alongside={"speech": heard})])
+
+
+def test_documents_are_checked() -> None:
+    of, codes = model("early"), torch.zeros(3, 4, dtype=torch.long)
+    for rest, message in (
+        ({"seen": rows(3)}, "but 'seen' is given"),
+        ({"heard": rows(3, width=1)}, r"shape \(1,\), expected 3"),
+        ({"heard": torch.full((3, 3), float("inf"))}, "not numbers"),
+    ):
+        item = Segment("speech", Encoded(grid=(3,), codes=codes, alongside=rest))
+        with pytest.raises(ValueError, match=message):
+            of.build_document([item], torch.Generator())
+    plain = tiny(Delay(), tokenizer=Levels())
+    item = Segment("image", Encoded(grid=(3,), codes=codes, alongside={"heard": rows(3)}))
+    with pytest.raises(ValueError, match="image has nothing alongside"):
+        plain.build_document([item], torch.Generator())
+    assert Alongside({}, Levels().spec, "x").of(0) == {}
+
+
+# --- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+def duplex_model(way: Way, tokenizer: SpeechDuplex | None = None, **options: Any) -> MultimodalModel:
+    return model(way, tokenizer=tokenizer or SpeechDuplex.tiny(), **options)
+
+
+def test_checkpoints_keep_the_fusion(tmp_path: Path) -> None:
+    of = duplex_model("late")
+    hub.save_pretrained(of, tmp_path / "saved")
+    again = hub.load_pretrained(tmp_path / "saved")
+    assert [m.fusion for m in again.modalities] == ["middle", "late"]
+    heard = Dialogue(SpeechCodec.examples()[0], Audio(np.ones(4000, dtype=np.float32), 16_000), 0.3)
+    one, other = (
+        m.build_document([Segment("speech", heard)], torch.Generator()) for m in (of, again)
+    )  # the tokenizer is the same, too
+    assert torch.equal(one.inject[NAME].values, other.inject[NAME].values) and one.inject[NAME].values.any()
+    with torch.no_grad():
+        close(again(other), of(one))
+    with pytest.raises(ValueError, match="has fusion late, this one early"):
+        hub.load_weights(duplex_model("early", of.modalities[1].tokenizer), tmp_path / "saved")  # type: ignore[arg-type]
+    file = tmp_path / "saved" / "model.json"
+    config = json.loads(file.read_text())
+    config["modalities"][1]["fusion"] = "first"
+    file.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="has fusion 'first'; expected early, middle or late"):
+        hub.load_pretrained(tmp_path / "saved")
+
+
+def test_saved_duplexes_name_only_our_tokenizers(tmp_path: Path) -> None:
+    SpeechDuplex.tiny().save(tmp_path / "saved")
+    file = tmp_path / "saved" / "config.json"
+    saved = json.loads(file.read_text())
+    for path in ("os.system", "mm.tokenizers.speech_codec.torch", "mm.tokenizers.nothing.Nothing", 3, "mm.hub.Path"):
+        file.write_text(json.dumps(saved | {"config": saved["config"] | {"codec": path}}))
+        with pytest.raises(ValueError, match="is no tokenizer of this package"):
+            SpeechDuplex.from_directory(tmp_path / "saved")
+    file.write_text(json.dumps(saved | {"config": saved["config"] | {"bins": 9}}))
+    with pytest.raises(ValueError, match="restore the files that were saved together"):
+        SpeechDuplex.from_directory(tmp_path / "saved")
+    file.write_text(json.dumps(saved | {"config": {}}))
+    with pytest.raises(ValueError, match="does not describe a speech duplex"):
+        SpeechDuplex.from_directory(tmp_path / "saved")
+    with pytest.raises(ValueError, match="can't be inside another tokenizer"):
+        nested.load("mm.tokenizers.text_bytes.TextBytes", tmp_path)
+    with pytest.raises(ValueError, match="is no tokenizer of this package"):
+        SpeechDuplex(Levels(rate=80)).save(tmp_path / "other")
+
+
+# --- the tokenizer --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def duplex() -> SpeechDuplex:
+    torch.manual_seed(5)
+    return SpeechDuplex.tiny()
+
+
+def speech(seconds: float, seed: int = 0, rate: int = RATE, amplitude: float = 0.1) -> Audio:
+    rng = np.random.default_rng(seed)
+    return Audio(amplitude * rng.standard_normal(round(seconds * rate)).astype(np.float32), rate)
+
+
+def test_an_interruption_ends_the_item(duplex: SpeechDuplex) -> None:
+    said, heard = speech(1.0), speech(1.0, seed=1)
+    whole = duplex.codec.encode(said)
+    assert whole.codes is not None and whole.grid == (32,)
+    cut = duplex.encode(Dialogue(said, heard, 0.5))  # 0.5 s are 15.6 elements
+    assert cut.grid == (32,) and cut.ended and cut.codes is not None and len(cut.codes) == 17
+    assert torch.equal(cut.codes[:16], whole.codes[:16]) and (cut.codes[16] == duplex.irq).all()
+    assert duplex.interrupted(cut) == 16 and duplex.interrupted(whole) is None
+    assert cut.alongside[NAME].shape == (17, 24)
+    decoded = duplex.decode(cut)
+    assert decoded.valid and len(decoded.value.samples) == 16 * 512
+    # what is encoded already isn't encoded again, and says the same
+    again = duplex.encode(Dialogue(whole, heard, 0.5))
+    assert again.codes is not None and torch.equal(again.codes, cut.codes)
+    late = duplex.encode(Dialogue(said, heard, 5.0))  # it had stopped before
+    assert not late.ended and late.codes is not None and torch.equal(late.codes, whole.codes)
+    first = duplex.encode(Dialogue(said, None, 0.0))
+    assert len(first) == 1 and not first.alongside
+    assert duplex.decode(first).valid and not duplex.decode(first).value.samples.any()
+    with pytest.raises(ValueError, match="0 or more seconds"):
+        duplex.encode(Dialogue(said, None, -0.1))
+    with pytest.raises(ValueError, match="expected 4 sub-codes"):
+        duplex.encode(Dialogue(Encoded(grid=(2,), codes=torch.zeros(2, 3, dtype=torch.long))))
+
+
+def test_what_is_no_codec_is_refused() -> None:
+    with pytest.raises(ValueError, match="TextBytes is no codec of sound"):
+        SpeechDuplex(TextBytes())
+    with pytest.raises(ValueError, match="has 3 samples an element"):
+        SpeechDuplex(Levels(num_codes=3, rate=99))
+    with pytest.raises(ValueError, match=r"history must be a whole number in 1\.\.128, got 0"):
+        SpeechDuplex(Levels(), history=0)
+
+
+def test_caches_hold_sounds_but_no_dialogues(duplex: SpeechDuplex, tmp_path: Path) -> None:
+    source = corpus(tmp_path, ["one two"] * 2)
+    cache = build_cache(source, duplex, tmp_path / "cache", "audio")
+    assert torch.equal(cache[0].content, duplex.encode(source[0]["audio"]).content)
+
+    class Talk(ShardSource):
+        def _fields(self, ordinal: int) -> dict[str, Any]:
+            fields = super()._fields(ordinal)
+            audio = fields["audio"].load()
+            return fields | {"audio": Lazy(lambda: Dialogue(audio, audio))}
+
+    with pytest.raises(ValueError, match="can't be cached; leave the field 'audio' out"):
+        build_cache(Talk(source.paths), duplex, tmp_path / "cache", "audio")
+
+
+# --- the ear --------------------------------------------------------------------------------------------------------
+
+
+def test_rows_depend_on_nothing_later() -> None:
+    ear, sound = Ear(16_000, 512, 20, 4), speech(0.5)
+    whole = ear.rows(sound, 15)
+    assert whole.shape == (15, 80) and whole.min() >= 0 and 0.5 < float(whole.max()) < 3
+    for element in (0, 3, 9):
+        changed = sound.samples.copy()
+        changed[512 * (element + 1) :] = 0.7
+        other = ear.rows(Audio(changed, 16_000), 15)
+        assert torch.equal(other[: element + 1], whole[: element + 1])
+        assert not torch.allclose(other[element + 1], whole[element + 1])
+    # the newest part of a row is that element's own, the oldest that of history − 1 elements before
+    close(whole[5, :20], whole[2, 60:])
+    assert not whole[1, :40].any()
+
+
+def test_silence_gives_zeros() -> None:
+    ear = Ear(16_000, 512, 20, 4)
+    assert not ear.rows(None, 3).any() and ear.rows(None, 3).shape == (3, 80)
+    assert not ear.rows(Audio(np.zeros(5000, dtype=np.float32), 8_000), 9).any()
+    assert ear.rows(speech(1.0), 0).shape == (0, 80)
+    short = ear.rows(speech(0.1), 20)  # silence after it
+    assert short[3].any() and not short[8:].any()
+
+
+def test_a_live_listener_gives_the_same_rows() -> None:
+    ear, sound = Ear(16_000, 512, 20, 4), speech(1.0)
+    whole, listener, fed = ear.rows(sound, 30), Listener(ear), 0
+    rng = np.random.default_rng(0)
+    for element in range(30):
+        while listener.elements <= element:
+            with pytest.raises(ValueError, match=f"element {element} is asked for"):
+                listener(element)
+            more = int(rng.integers(1, 900))
+            listener.hear(sound.samples[fed : fed + more])
+            fed += more
+        close(listener(element), whole[element])
+    assert len(listener.kept) <= 7 * 512, "what no row will look at any more is dropped"
+    with pytest.raises(ValueError, match="were heard"):
+        listener(3)
+
+
+# --- dialogues ------------------------------------------------------------------------------------------------------
+
+
+def corpus(folder: Path, texts: list[str]) -> ShardSource:
+    """Noise that says so: a quiet tenth of a second, then words of 0.4 s, each of its own loudness."""
+    members = []
+    for number, text in enumerate(texts):
+        words = text.split()
+        sound = np.concatenate([np.zeros(1600), *(speech(0.4, seed=number + n).samples for n in range(len(words)))])
+        record = {
+            "text": text,
+            "speaker": f"s{number % 2}",
+            "kind": "digits",
+            "words": [[w, 0.1 + 0.4 * n, 0.5 + 0.4 * n] for n, w in enumerate(words)],
+        }
+        members.append((f"{number:03}.wav", wav_bytes((sound * 32767).astype(np.int16))))
+        members.append((f"{number:03}.json", json.dumps(record).encode()))
+    return ShardSource([str(write_tar(folder / f"c{len(texts)}.tar", members))], split="all")
+
+
+def test_probabilities_of_channels() -> None:
+    clips = [speech(1.0, seed=n) for n in range(3)]
+    rng = np.random.default_rng(0)
+    silent = Channel(clips.__getitem__, 3, interruption=0, noise=0)(2.0, rng)
+    assert silent.audio is None and silent.start is None and not silent.noise
+    always = Channel(clips.__getitem__, 3, interruption=1, noise=1)
+    heard = [always(2.0, rng) for _ in range(60)]
+    assert {h.noise for h in heard} == {"white", "pink", "babble"}
+    starts = [h.start for h in heard if h.start is not None]
+    assert len(starts) == 60 and 0 <= min(starts) < 0.3 and 1.3 < max(starts) <= 2.0 - 0.25 - 0.1
+    assert all(h.audio is not None and len(h.audio.samples) == 2 * RATE for h in heard)
+    assert always(0.3, rng).start is None, "too short to be interrupted and to stop"
+    half = [Channel(clips.__getitem__, 3)(2.0, np.random.default_rng(n)) for n in range(200)]
+    assert 70 < sum(h.start is not None for h in half) < 130 and 70 < sum(bool(h.noise) for h in half) < 130
+    # louder than the noise, from its beginning on
+    for h in heard:
+        assert h.audio is not None and h.start is not None
+        first = round(h.start * RATE)
+        before, after = h.audio.samples[:first], h.audio.samples[first : first + 1600]
+        if len(before) > 1600:
+            assert np.square(after).mean() > 1.5 * np.square(before).mean()
+    for bad in ({"interruption": 2.0}, {"noise": -1.0}, {"reaction": -1.0}, {"interrupts": []}):
+        with pytest.raises(ValueError, match="is a probability|reaction is 0 to 10|no clip of speech"):
+            Channel(clips.__getitem__, 3, **bad)  # type: ignore[arg-type]
+
+
+def test_levels_and_onsets() -> None:
+    sound = np.concatenate([np.zeros(1600, dtype=np.float32), speech(0.3).samples])
+    assert len(from_onset(sound)) == 4800
+    loud = levelled(sound, -20.0)[1600:]
+    assert abs(20 * np.log10(np.sqrt(np.square(loud).mean())) + 20) < 0.5
+    assert not levelled(np.zeros(100, dtype=np.float32), -20.0).any() and len(from_onset(np.zeros(200))) == 200
+
+
+def test_dialogue_documents(duplex: SpeechDuplex, tmp_path: Path) -> None:
+    source = corpus(tmp_path, ["one two three", "stop four five six"])
+    template = Dialogues(source, interruption=1.0, noise=0.0, drop=0.0)
+    example = source[1]
+    made = [template(example, torch.Generator().manual_seed(n)) for n in (0, 0, 1)]
+    assert [(s.modality, s.loss) for s in made[0]] == [("text", False), ("text", False), ("speech", True)]
+    assert [s.content for s in made[0][:2]] == ["s1: ", "stop four five six"]
+    one, again, other = (document[-1].content for document in made)
+    assert one.interrupted == again.interrupted != other.interrupted
+    assert np.array_equal(one.listening.samples, again.listening.samples)
+    start = round((one.interrupted - 0.25) * RATE)
+    assert not one.listening.samples[:start].any() and one.listening.samples[start : start + 160].any()
+    encoded = duplex.encode(one)
+    assert encoded.ended and len(encoded) == int(np.ceil(one.interrupted * 31.25)) + 1
+    # from a cache, sounds are of the same length
+    cached = dict(example) | {"audio": duplex.encode(example["audio"])}
+    from_cache = template(cached, torch.Generator().manual_seed(0))[-1].content
+    assert abs(from_cache.interrupted - one.interrupted) < 0.03
+    assert torch.equal(duplex.encode(from_cache).codes[:9], encoded.codes[:9])  # type: ignore[index]
+    assert template.voices(source) == {"s0", "s1"}
+    dropped = Dialogues(source, drop=1.0, interruption=0, speaker_field=None)(example, torch.Generator())
+    assert [s.modality for s in dropped] == [NULL, "speech"] and dropped[-1].content.interrupted is None
+    with pytest.raises(ValueError, match="frame_rate is elements a second"):
+        Dialogues(source, frame_rate=0)
+
+
+def test_only_the_keyword_interrupts(tmp_path: Path) -> None:
+    source = corpus(tmp_path, ["one two three", "four stop"])
+    assert spoken_words(source, "stop", "words") == [(1, (0.5, 0.9))]
+    template = Dialogues(source, interruption=1.0, noise=0.0, keyword="stop")
+    said = template(source[0], torch.Generator())[-1].content
+    start = round((said.interrupted - 0.25) * RATE)
+    heard = said.listening.samples[start : start + 3200]
+    wanted = source[1]["audio"].samples[8000:11200]
+    assert np.corrcoef(heard, wanted)[0, 1] > 0.99
+    with pytest.raises(ValueError, match="no clip says 'honey' by its field 'words'"):
+        Dialogues(source, keyword="honey")
+
+
+# --- figures --------------------------------------------------------------------------------------------------------
+
+
+def clips(count: int = 4) -> Recordings:
+    return Recordings(
+        audios=[speech(1.0 + 0.1 * n, seed=n) for n in range(count)],
+        texts=["one"] * count,
+        speakers=["s"] * count,
+        kinds=["digits"] * count,
+        held=[True] * count,
+        identity="clips",
+    )
+
+
+@pytest.mark.parametrize("always", [True, False])
+def test_figures_count_stops(duplex: SpeechDuplex, always: bool) -> None:
+    of = duplex_model("late", duplex)
+    head = of.head("speech")
+    assert isinstance(head, LMHead) and head.bias is not None
+    head.bias.data.view(4, -1)[:, duplex.irq] = 1e4 if always else -1e4
+    figures = {
+        f.name: f
+        for f in listening_figures(of, clips(), speech="speech", sampling=Sampling(), count=6, batch=4, seed=0)
+    }
+    hit = figures[f"stopped within {WITHIN:g} s of an interruption"]
+    assert hit.n == 6 and hit.value == 0 and hit.goal == 0.95, "at once is too early"
+    assert hit.detail["never"] == (0 if always else 6) and hit.detail["before"] == (6 if always else 0)
+    assert len(hit.detail["delays"]) == 6
+    for room in ("noise", "silence"):
+        assert figures[f"stopped without reason, {room} only"].value == float(always)
+    assert ("seconds from interruption to stop" in figures) is False
+
+
+def test_cases_leave_time_to_stop() -> None:
+    asked = cases(clips(), "interrupted", 50, 31.25, 256, seed=0)
+    for case in asked:
+        assert case.heard.start is not None and case.heard.start + WITHIN < case.elements / 31.25
+    assert {case.heard.noise for case in asked} == {"", "white", "pink", "babble"}
+    assert all(c.heard.start is None and c.heard.noise for c in cases(clips(), "noise", 9, 31.25, 256, seed=0))
+    short = replace(clips(), audios=[speech(0.4)] * 4)
+    with pytest.raises(ValueError, match="no clip is longer than"):
+        cases(short, "interrupted", 1, 31.25, 256, seed=0)
+    with pytest.raises(ValueError, match="hears nothing while it speaks"):
+        ear_of(tiny(Delay(), tokenizer=Levels()), "image")
+
+
+def test_stops_are_timed(duplex: SpeechDuplex) -> None:
+    """An item whose first sub-code is IRQ at element 3 stops after 3 elements."""
+    of = duplex_model("early", duplex)
+    head, drawn = of.head("speech"), [0]
+    assert isinstance(head, LMHead) and head.bias is not None
+    head.bias.data.view(4, -1)[:, duplex.irq] = -1e4
+    sample = head.sample
+
+    def wrapped(hidden: Tensor, draws: Any) -> Any:
+        made = sample(hidden, draws)
+        if drawn[0] == 3:
+            made[1][0][0, 0] = duplex.irq
+        drawn[0] += 1
+        return made
+
+    head.sample = wrapped  # type: ignore[method-assign]
+    asked = cases(clips(), "silence", 2, 31.25, 256, seed=0)
+    assert stops(of, asked, speech="speech", sampling=Sampling()) == [None, 3 / 31.25]
+
+
+# --- it can be learned ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_stopping_is_learned(way: Way) -> None:
+    """After a few steps the model stops when it hears something, and not before."""
+    rng = torch.Generator().manual_seed(0)
+
+    def talk(start: int | None) -> Encoded:
+        codes = torch.randint(0, 8, (10, 4), generator=rng)
+        heard = 0.1 * torch.randn(10, 3, generator=rng)
+        if start is None:
+            return Encoded(grid=(10,), codes=codes, alongside={"heard": heard})
+        heard[start:] += 1.0
+        codes[start + 1] = STOP
+        return Encoded(grid=(10,), codes=codes[: start + 2], alongside={"heard": heard[: start + 2]}, ended=True)
+
+    of = model(way, Delay("parallel")).train()
+    for parameter in of.parameters():
+        parameter.data *= 0.3
+    optimizer = torch.optim.AdamW(of.parameters(), lr=1e-2)
+    for _ in range(60):
+        drawn = torch.randint(0, 16, (16,), generator=rng).tolist()
+        talks = [talk(start if start < 9 else None) for start in drawn]
+        batch = pack([of.build_document([Segment("speech", one)], rng) for one in talks])
+        optimizer.zero_grad()
+        of.loss(batch).total.backward()
+        optimizer.step()
+    of.eval()
+    greedy = Sampling(temperature=0)
+    ends = []
+    for start in (2, 5, None):
+        heard = torch.zeros(10, 3)
+        if start is not None:
+            heard[start:] = 1.0
+        asked = Request(
+            prompt=[], items=[("speech", (10,))], alongside={"speech": {"heard": heard}}, text=False, sampling=greedy
+        )
+        ((item,),) = Engine(of).generate([asked])
+        found = (item.content.codes[:, 0] == STOP).nonzero()
+        ends.append(int(found[0]) if len(found) else None)
+    assert ends == [3, 6, None]
