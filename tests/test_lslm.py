@@ -16,11 +16,13 @@ from torch import Tensor
 from mm import hub, nested
 from mm.audio import Audio
 from mm.backbone import BackboneConfig
+from mm.commands.train import main
 from mm.data.cache import build_cache
 from mm.data.dialogues import RATE, Channel, Dialogues, from_onset, levelled, spoken_words
 from mm.data.example import Lazy
 from mm.data.shards import ShardSource
 from mm.data.speech_corpus import wav_bytes
+from mm.evaluate.command import main as evaluate
 from mm.evaluate.listening import WITHIN, cases, ear_of, listening_figures, stops
 from mm.evaluate.recordings import Recordings
 from mm.fusion import Alongside, Fusion
@@ -420,7 +422,7 @@ def test_what_is_no_codec_is_refused() -> None:
 
 
 def test_caches_hold_sounds_but_no_dialogues(duplex: SpeechDuplex, tmp_path: Path) -> None:
-    source = corpus(tmp_path, ["one two"] * 2)
+    source = talks(tmp_path, ["one two"] * 2)
     cache = build_cache(source, duplex, tmp_path / "cache", "audio")
     assert torch.equal(cache[0].content, duplex.encode(source[0]["audio"]).content)
 
@@ -481,8 +483,8 @@ def test_a_live_listener_gives_the_same_rows() -> None:
 # --- dialogues ------------------------------------------------------------------------------------------------------
 
 
-def corpus(folder: Path, texts: list[str]) -> ShardSource:
-    """Noise that says so: a quiet tenth of a second, then words of 0.4 s, each of its own loudness."""
+def corpus(folder: Path, texts: list[str], split: str = "train") -> Path:
+    """Noise that says so: a quiet tenth of a second, then words of 0.4 s."""
     members = []
     for number, text in enumerate(texts):
         words = text.split()
@@ -491,11 +493,16 @@ def corpus(folder: Path, texts: list[str]) -> ShardSource:
             "text": text,
             "speaker": f"s{number % 2}",
             "kind": "digits",
+            "split": split,
             "words": [[w, 0.1 + 0.4 * n, 0.5 + 0.4 * n] for n, w in enumerate(words)],
         }
-        members.append((f"{number:03}.wav", wav_bytes((sound * 32767).astype(np.int16))))
-        members.append((f"{number:03}.json", json.dumps(record).encode()))
-    return ShardSource([str(write_tar(folder / f"c{len(texts)}.tar", members))], split="all")
+        members.append((f"{split}{number:03}.wav", wav_bytes((sound * 32767).astype(np.int16))))
+        members.append((f"{split}{number:03}.json", json.dumps(record).encode()))
+    return write_tar(folder / f"{split}.tar", members)
+
+
+def talks(folder: Path, texts: list[str]) -> ShardSource:
+    return ShardSource([str(corpus(folder, texts))], split="all")
 
 
 def test_probabilities_of_channels() -> None:
@@ -533,7 +540,7 @@ def test_levels_and_onsets() -> None:
 
 
 def test_dialogue_documents(duplex: SpeechDuplex, tmp_path: Path) -> None:
-    source = corpus(tmp_path, ["one two three", "stop four five six"])
+    source = talks(tmp_path, ["one two three", "stop four five six"])
     template = Dialogues(source, interruption=1.0, noise=0.0, drop=0.0)
     example = source[1]
     made = [template(example, torch.Generator().manual_seed(n)) for n in (0, 0, 1)]
@@ -559,7 +566,7 @@ def test_dialogue_documents(duplex: SpeechDuplex, tmp_path: Path) -> None:
 
 
 def test_only_the_keyword_interrupts(tmp_path: Path) -> None:
-    source = corpus(tmp_path, ["one two three", "four stop"])
+    source = talks(tmp_path, ["one two three", "four stop"])
     assert spoken_words(source, "stop", "words") == [(1, (0.5, 0.9))]
     template = Dialogues(source, interruption=1.0, noise=0.0, keyword="stop")
     said = template(source[0], torch.Generator())[-1].content
@@ -679,3 +686,37 @@ def test_stopping_is_learned(way: Way) -> None:
         found = (item.content.codes[:, 0] == STOP).nonzero()
         ends.append(int(found[0]) if len(found) else None)
     assert ends == [3, 6, None]
+
+
+DEBUG = """
+trainer: {accelerator: cpu, max_steps: 3, val_check_interval: 2, limit_val_batches: 1}
+model: {init_args: {backbone: {width: 32, layers: 2, heads: 2}, warmup_steps: 1}}
+data: {init_args: {tokens: 512}}
+"""
+
+
+@pytest.mark.parametrize("fusion", [None, "late"])
+def test_the_system_trains_and_is_measured(
+    fusion: Way | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As it is shipped, but for its size and a codec that knows nothing."""
+    monkeypatch.chdir(tmp_path)
+    texts = ["one two three", "four five six", "stop seven eight", "nine two one"]
+    for name in ("train", "heldout"):
+        (tmp_path / "runs/speech").mkdir(parents=True, exist_ok=True)
+        corpus(tmp_path, texts, split=name).rename(tmp_path / f"runs/speech/speech-{name}.tar")
+    SpeechCodec.tiny().save(tmp_path / "runs/speech_codec/tokenizer")
+    (tmp_path / "debug.yaml").write_text(DEBUG)
+    options = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
+    options += [] if fusion is None else [f"--model.init_args.modalities.fusion={fusion}"]
+    assert main(["fit", "-c", "configs/systems/lslm.yaml", "-c", "debug.yaml", *options]) == 0
+    made = hub.load_pretrained("runs/lslm/model")
+    assert made.modalities[1].fusion == (fusion or "middle") and made.voices == ("s0", "s1")
+    data = "speech:" + ",".join(f"runs/speech/speech-{name}.tar" for name in ("train", "heldout"))
+    arguments = ["--model", "runs/lslm/model", "--data", data, "--only", "listening", "--samples", "3", "--json"]
+    capsys.readouterr()
+    assert evaluate(arguments) == 0
+    report = json.loads(capsys.readouterr().out)
+    names = {figure["name"]: figure for figure in report["figures"]}
+    assert names["stopped within 0.5 s of an interruption"]["n"] == 3
+    assert report["facts"]["sampling"]["sound"]["top_p"] == 0.99

@@ -9,8 +9,8 @@ The whole distribution stands in the figures' detail, so that any other definiti
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 
@@ -136,11 +136,10 @@ def listening_figures(
         stopped = stops(model, asked, speech=speech, sampling=sampling, batch=batch, seed=seed, say=say)
         if room != "interrupted":
             figures.append(
-                share(
-                    LISTENING,
+                false_alarms(
                     f"stopped without reason, {room} only",
                     [at is not None for at in stopped],
-                    note=f"{fusion} fusion; a false alarm, less is better",
+                    note=f"{fusion} fusion",
                     detail={"by_noise": by_noise(asked, [at is not None for at in stopped])},
                 )
             )
@@ -169,12 +168,15 @@ def listening_figures(
             )
         )
         before = [delay is not None and delay < 0 for delay in delays]
-        figures.append(
-            share(LISTENING, "stopped before the interruption", before, note="a false alarm, less is better")
-        )
+        figures.append(false_alarms("stopped before the interruption", before))
         if after:
             figures.append(mean(LISTENING, "seconds from interruption to stop", after, "s"))
     return figures
+
+
+def false_alarms(name: str, found: Sequence[bool], **more: Any) -> Figure:
+    """A share of which less is better."""
+    return replace(share(LISTENING, name, found, **more), unit="error")
 
 
 def by_noise(asked: Sequence[Case], hits: Sequence[bool]) -> dict[str, list[int]]:

@@ -120,6 +120,9 @@ GOALS: Mapping[tuple[str, str], float] = {
     ("speaking", "word errors, digits, generated"): 0.15,
     ("hearing", "word errors, clear digits"): 0.05,
     ("listening", "stopped within 0.5 s of an interruption"): 0.95,
+    ("listening", "stopped before the interruption"): 0.05,
+    ("listening", "stopped without reason, noise only"): 0.05,
+    ("listening", "stopped without reason, silence only"): 0.05,
     ("emoji", "training captions: asked caption, pixel"): 0.70,
     ("emoji", "training captions: asked caption, feature"): 0.70,
 }
