@@ -30,6 +30,8 @@ Prediction = Literal["epsilon", "x0", "v", "flow"]
 Solver = Literal["ddpm", "ddim", "dpm++", "euler", "sde"]
 Spacing = Literal["linspace", "leading", "trailing"]
 
+TIME = "denoising_time"
+"""Name of what tells a backbone without AdaLN the times of its noisy positions (`TokenStream.inject`)."""
 BETAS = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012)}
 """First and last β (Ho et al. 2020; Rombach et al. 2022)."""
 

@@ -30,11 +30,10 @@ from torch import Tensor
 
 from mm.adopt import fingerprint
 from mm.attention import Packed
-from mm.diffusion import Plan, Process
+from mm.diffusion import TIME, Plan, Process
 from mm.hub import load_pretrained
 from mm.model import MultimodalModel
 from mm.optimization import optimizer_and_schedule
-from mm.orders.blocks import TIME
 from mm.stream import POSITIONAL, RECORDS, Placed, TokenStream
 from mm.training import ModelTraining
 

@@ -20,11 +20,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mm.diffusion import Process, Sampler, settings
+from mm.diffusion import TIME, Process, Sampler, settings
 from mm.grid import coordinates
 from mm.interfaces import Encoded, Layout, Order, Proposal, Sampling, Session
-
-TIME = "denoising_time"
 
 
 class Blocks(Order):
