@@ -299,7 +299,8 @@ class Order(Configured, abc.ABC):
     default_steps: int = 0
     along: bool = False
     """Whether a list (one axis) that comes right after a text runs along it: its elements' rotary coordinates are spread over
-    the text's, so that they say how far the text has come, and the list's extent how fast (ARDiT, section 3.2)."""
+    the text's, so that they say how far the text has come, and the list's extent how fast (ARDiT, section 3.2). So does a list
+    of another modality that comes right after such a one, along the same text."""
     beside: bool = False
     """Whether an item's elements are evaluated once more beside its clean positions, and the cache needs room for both."""
     ends: bool = False

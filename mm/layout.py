@@ -4,14 +4,15 @@ A document is `bos`, its segments, `eos`. A host segment (text) is its elements.
 extent of each axis, the elements as the item's order lays them out, end. Rotary coordinates run on from segment to segment: an
 item with axes starts at the cursor on all three, and what follows continues after its largest coordinate (as in Qwen2-VL).
 Where an item runs along the text before it (`Order.along`), its N elements stand at start + i·η with η = elements of the text / N
-(ARDiT, section 3.2), and what follows continues after the item's opening.
+(ARDiT, section 3.2), and what follows continues after the item's opening. An item of another modality that
+follows one that ran along a text, and has such an order too, runs along the same text (prosody, then the sound that has it).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,15 +23,27 @@ from mm.stream import Placed, TokenStream, join
 from mm.vocabulary import Vocabulary
 
 NULL = "null"
-Span = tuple[float, int]
-"""Where a text begins on the rotary axes, and how many elements it has."""
 
 
-def stretch(order: Order, grid: Sequence[int], cursor: float, span: Span | None) -> tuple[float, float]:
-    """Where an item begins on the rotary axes, and how far apart its elements stand: 1, unless it runs along the text before."""
-    if not order.along or span is None or len(grid) != 1 or not grid[0] or not span[1]:
-        return cursor, 1.0
-    return span[0], span[1] / grid[0]
+class Span(NamedTuple):
+    """A text that the next item may run along."""
+
+    start: float
+    """Where it begins on the rotary axes."""
+    count: int
+    """Elements that it has."""
+    ran: frozenset[int] = frozenset()
+    """Modalities whose items ran along it already: each does once."""
+
+
+def stretch(
+    order: Order, number: int, grid: Sequence[int], cursor: float, span: Span | None
+) -> tuple[tuple[float, float], Span | None]:
+    """Where an item of modality `number` begins on the rotary axes, and how far apart its elements stand: 1, unless it runs along
+    the text before; and what the next item may run along."""
+    if not order.along or span is None or len(grid) != 1 or not grid[0] or not span.count or number in span.ran:
+        return (cursor, 1.0), None
+    return (span.start, span.count / grid[0]), span._replace(ran=span.ran | {number})
 
 
 def holdings(content: Tensor, layout: Layout) -> Tensor:
@@ -110,8 +123,10 @@ class DocumentBuilder:
             if encoded.alongside:
                 check_alongside(encoded, modality.tokenizer.spec, entry.name)
                 layout = with_rows(layout, encoded.alongside)
-            place = stretch(modality.order, encoded.grid, draft.cursor, draft.span) if number else (draft.cursor, 1.0)
-            draft.span = None if number else (draft.cursor, len(encoded))
+            if number:
+                place, draft.span = stretch(modality.order, number, encoded.grid, draft.cursor, draft.span)
+            else:
+                place, draft.span = (draft.cursor, 1.0), Span(draft.cursor, len(encoded))
             draft.item(number, encoded.content, layout, modality.weight if segment.loss else 0.0, *place)
             if number:
                 draft.controls([self.vocabulary.end(entry.name)], host_weight)
@@ -122,8 +137,8 @@ class DocumentBuilder:
 
 
 class Draft:
-    """Positions of one document while it is being laid out. `span` is the text that was just laid out, if any; `predictor` is
-    the position whose hidden state predicts what comes next, or −1 where nothing does (after a masked picture)."""
+    """Positions of one document while it is being laid out. `span` is the text that the next item may run along, if any;
+    `predictor` is the position whose hidden state predicts what comes next, or −1 where nothing does (after a masked picture)."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.vocabulary = vocabulary

@@ -15,7 +15,7 @@ from torch import Tensor
 from mm.fusion import Alongside
 from mm.grid import coordinates
 from mm.interfaces import Encoded, Layout, Modality, Proposal, Sampling, Session
-from mm.layout import NULL, Segment, holdings
+from mm.layout import NULL, Segment, Span, holdings
 from mm.tracks import Feed, Track
 
 if TYPE_CHECKING:
@@ -223,7 +223,7 @@ class Row:
         self.alongside.check(math.prod(self.grid))
         self.places = coordinates(self.grid).tolist()
         for track in self._tracks():
-            track.enter(modality.order, self.grid)
+            track.enter(modality.order, self.item, self.grid)
         self.state, self.head, self.fed, self.orders, self.extent = "item", self.item, 0, 0, 0.0
         self._settle()
         self.proposal = self.session.propose()
@@ -399,8 +399,8 @@ class Row:
     def _accept_text(self, token: int) -> None:
         if token < self.vocabulary.host.size:
             self.text.append(token)
-            start = self.main.span[0] if self.main.span and len(self.text) > 1 else self.main.cursor
-            self.main.span = (start, len(self.text))
+            start = self.main.span.start if self.main.span and len(self.text) > 1 else self.main.cursor
+            self.main.span = Span(start, len(self.text))
             self.main.controls([token])
             done = len(self.text) / max(1, self.request.max_tokens)
             self.news = (self.vocabulary.host.name, partial(torch.tensor, self.text), done, len(self.text))

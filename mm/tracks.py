@@ -57,7 +57,7 @@ class Track:
         self.row, self.branch = row, branch
         self.order, self.cursor, self.length = 0, 0.0, 0
         self.span: Span | None = None
-        """The text that has just been fed, if any."""
+        """The text that the next item may run along, if any."""
         self.start, self.rate = 0.0, 1.0
         """Where the open item begins on the rotary axes, and how far apart its elements stand."""
         self.fresh = True
@@ -101,10 +101,9 @@ class Track:
         self.length = len(stream)
         self.order, self.cursor = max(self.orders) + 1, float(stream.position.max()) + 1.0
 
-    def enter(self, order: Order, grid: Sequence[int]) -> None:
-        """An item's elements come next."""
-        self.start, self.rate = stretch(order, grid, self.cursor, self.span)
-        self.span = None
+    def enter(self, order: Order, number: int, grid: Sequence[int]) -> None:
+        """Elements of an item of modality `number` come next."""
+        (self.start, self.rate), self.span = stretch(order, number, grid, self.cursor, self.span)
 
     def leave(self, orders: int, extent: float) -> None:
         self.order += orders

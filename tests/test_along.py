@@ -39,10 +39,12 @@ def model(along: bool = True) -> MultimodalModel:
         [
             Modality(name="text", tokenizer=TextBytes(), head=LMHead(), order=Raster()),
             Modality(name="notes", tokenizer=Notes(), head=LMHead(), order=Raster(along=along)),
+            Modality(name="marks", tokenizer=Notes(), head=LMHead(), order=Raster(along=along)),
         ],
         context=128,
     ).eval()
-    torch.nn.init.normal_(made.head("notes").weight)  # a fresh head is nearly uniform, and nothing could be told by it
+    for name in ("notes", "marks"):
+        torch.nn.init.normal_(made.head(name).weight)  # a fresh head is nearly uniform, and nothing could be told by it
     return made
 
 
@@ -71,6 +73,36 @@ def test_elements_are_spread_over_the_text() -> None:
 )
 def test_without_a_text_right_before_they_stand_one_apart(before: list[Segment]) -> None:
     assert torch.tensor(places([*before, Segment("notes", [1, 2, 3])])[-3:]).diff().tolist() == [1.0, 1.0]
+
+
+def test_another_modality_runs_along_the_same_text_after_it() -> None:
+    document = [text("theo: "), text("seven"), Segment("marks", [1, 2]), Segment("notes", [1, 2, 3, 4, 0])]
+    begin = 1.0 + len("theo: ")
+    assert places(document, "marks") == pytest.approx([begin, begin + 2.5])
+    assert places(document) == pytest.approx([begin + i for i in range(5)])
+    assert torch.tensor(places([*document, Segment("marks", [1, 2])], "marks")[-2:]).diff() == 1, "each once"
+    begin += 5 + 3 + 3  # the text, and twice begin, size and end
+    assert places([*document, text("xy"), Segment("notes", [1] * 4)])[-4:] == pytest.approx(
+        [begin + 0.5 * i for i in range(4)]
+    ), "along a new text"
+
+
+@pytest.mark.parametrize("along", [True, False])
+@pytest.mark.parametrize("given", [True, False])
+def test_two_items_along_a_text_are_generated_as_they_are_trained(along: bool, given: bool) -> None:
+    one = model(along)
+    seen: list[torch.Tensor] = []
+    head: Any = one.head("notes")
+    sample = head.sample
+    head.sample = lambda hidden, draws: [seen.append(head.logits(hidden)), sample(hidden, draws)][1]
+    prompt, items = [text("slt: "), text("three five")], [("marks", (3,)), ("notes", (7,))]
+    if given:
+        prompt, items = [*prompt, Segment("marks", [4, 0, 2], loss=False)], items[1:]
+    made = Engine(one).generate([Request(prompt=prompt, items=items, text=False)])[0]
+    assert [segment.modality for segment in made] == [name for name, _ in items]
+    stream = one.build_document([*prompt, *made], torch.Generator())
+    predicts = (stream.target >= 0) & (stream.modality[stream.target.clamp(min=0)] == 1)
+    torch.testing.assert_close(torch.cat(seen), one.logits(stream, "notes")[predicts], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("along", [True, False])
