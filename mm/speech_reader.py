@@ -1,0 +1,153 @@
+"""What tokenizers share that read a sound and keep one side of it (who speaks, or how): they make no sound again.
+
+A sound is brought to `RATE` and filled up with silence to a whole number of frames. Settings and weights are saved and found
+again as `mm.saved` has it; a tokenizer file adds its networks.
+
+Letters in shapes: B batch, S samples, F frames of the spectrum, M mel bins, L the lowest of them, D width of a vector.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mm import safe_io, saved
+from mm.audio import Audio, Samples, resample
+from mm.interfaces import Decoded, Encoded, ModalityTokenizer
+from mm.saved import Fingerprinted
+from mm.speech import LogMel
+from mm.trainable import Reconstruction
+
+RATE, HOP, N_FFT = 16_000, 256, 1024
+"""Samples a second, between two frames of the spectrum, and under one."""
+LARGEST = 32.0
+"""Samples are held within ±this: beyond, their spectra would leave the range of the networks."""
+NOTHING = Audio(np.zeros(0, dtype=np.float32), RATE)
+
+
+class SpeechReader(ModalityTokenizer, Fingerprinted):
+    """A subclass's constructor fills `config`, and makes the networks in `_build`."""
+
+    decodes = False
+    form: ClassVar[str]
+    """Of the saved settings, `mm.tokenizers.` and the file's name."""
+    what: ClassVar[str]
+    """What messages call it, with its article."""
+    config: dict[str, Any]
+    mel: LogMel
+
+    @abc.abstractmethod
+    def _build(self, c: dict[str, Any]) -> None:
+        """Check the settings and make the networks."""
+
+    @abc.abstractmethod
+    def _read(self, samples: Float[Tensor, " S"]) -> Encoded:
+        """Tokens of a sound at `RATE`, of one sample or more."""
+
+    # --- the plug-in contract -----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode(self, raw: Audio) -> Encoded:
+        """Tokens of a sound of any rate. Raises `ValueError` for what is no sound, empty, or too long."""
+        if not isinstance(raw, Audio):
+            raise ValueError(
+                f"expected a sound (mm.audio.Audio), got {type(raw).__name__}: wrap samples as Audio(samples, rate)"
+            )
+        if not len(raw.samples):
+            raise ValueError("the sound has no sample: give it one or more")
+        held = Audio(raw.samples.clip(-LARGEST, LARGEST), raw.rate)
+        samples = torch.tensor(resample(held, RATE).samples, device=self.mel.window.device)
+        training = self.training
+        self.eval()
+        try:
+            return self._read(samples)
+        finally:
+            if training:
+                self.train()
+
+    def decode(self, encoded: Encoded) -> Decoded:
+        """No sound: the tokens are one side of it only."""
+        return Decoded(value=NOTHING, valid=False, reason="this tokenizer keeps one side of a sound and can't make any")
+
+    # --- identity, saving, loading ------------------------------------------------------------------------------------
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of settings and weights, without a decoder, which is there for training. Kept until the weights change."""
+        if self._fingerprint is None:
+            state = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("decoder.")}
+            self._fingerprint = f"{self.form.rpartition('.')[2]}-{saved.digest(self.config, state)}"
+        return self._fingerprint
+
+    def save(self, path: str | Path) -> None:
+        """Write `config.json` and `model.safetensors` into the folder `path`, both or neither."""
+        self.weights_changed()
+        with safe_io.atomic_folder(path, last=saved.CONFIG) as folder:
+            saved.write(folder, self.form, self.config, self.state_dict(), self.fingerprint)
+
+    @classmethod
+    def from_directory(cls, path: str | Path) -> Self:
+        """A saved tokenizer, in evaluation mode. Raises `ValueError` for files that are missing, damaged, of other shapes,
+        or not what was saved."""
+        return cls(pretrained=str(path))
+
+    def _made(self, pretrained: str | None, config: Mapping[str, Any]) -> None:
+        """Become what the settings say, or what was saved in a folder, then in evaluation mode. Raises `ValueError`."""
+        if pretrained is None:
+            self._build(dict(config))
+            return
+        folder = saved.find(pretrained, self.what.split(" ", 1)[1])
+        found = saved.read(folder, self.form, config, self.what)
+        with saved.building(folder):
+            self._build(found)
+        self.load_state_dict(saved.read_weights(folder, self.state_dict()))
+        self.eval()
+        saved.check_whole(folder, self.fingerprint, self.config, self.state_dict())
+
+    @classmethod
+    def examples(cls) -> list[Audio]:
+        """Tones of several rates and lengths, silence, and next to nothing."""
+        time: Samples = (np.arange(RATE) / RATE).astype(np.float32)
+        sweep: Samples = (0.5 * np.sin(2 * np.pi * (150 + 400 * time) * time)).astype(np.float32)
+        tone: Samples = (np.sin(2 * np.pi * 440 * time[: RATE // 3]) * time[: RATE // 3]).astype(np.float32)
+        return [
+            Audio(sweep, RATE),
+            Audio(tone[::2], RATE // 2),
+            Audio(np.zeros(RATE // 2, dtype=np.float32), RATE),
+            Audio(time[:1], RATE),
+        ]
+
+
+class TimbreReader(SpeechReader):
+    """Who speaks, as a vector: what `mm.training_voices` needs to train it."""
+
+    @abc.abstractmethod
+    def vectors(self, mel: Float[Tensor, "B F M"]) -> Float[Tensor, "B D"]:
+        """Of spectra with an even number of frames."""
+
+    @abc.abstractmethod
+    def narrowed(self, mel: Float[Tensor, "B F M"]) -> Float[Tensor, "B F M"]:
+        """As of sounds at 8 kHz."""
+
+
+class ProsodyReader(SpeechReader):
+    """How it is spoken, as codes: what `mm.training_voices` needs to train it."""
+
+    @abc.abstractmethod
+    def contours(self, x: Float[Tensor, "B S"], count: int | None = None) -> Float[Tensor, "B F L"]:
+        """What is encoded of sounds; levels are measured on their first `count` samples."""
+
+    @abc.abstractmethod
+    def reconstruct(self, contours: Float[Tensor, "B F L"]) -> Reconstruction:
+        """There and back, with gradients."""
+
+    @abc.abstractmethod
+    def warm_start(self, contours: Float[Tensor, "B F L"]) -> None:
+        """Fit the codebook to these."""
