@@ -11,7 +11,7 @@ from mm.commands.train import SHIPPED, main
 
 OTHER_DATA = {"ardit", "ardit_distilled", "asr", "asr_ctc_prompt", "lcm", "lcm_regression", "lslm", "musicgen", "vall_e"}
 """Systems of other data than pictures with captions, which debug.yaml has; their own tests train them (test_concepts,
-test_ardit, test_lslm, test_speech_ctc, test_speech_codes)."""
+test_ardit, test_dialogues, test_speech_ctc, test_speech_codes)."""
 SYSTEMS = sorted({path.stem for path in (SHIPPED / "systems").glob("*.yaml")} - OTHER_DATA)
 PALETTE = [
     "--model.init_args.modalities.tokenizer=mm.testing.Palette",
