@@ -47,6 +47,8 @@ class Settings:
     """Width and layers of the language models."""
     compile: bool = False
     """Also measure with `torch.compile`."""
+    models: tuple[str, ...] = ()
+    """Checkpoints that speak."""
     mar: str | None = None
     """Folder of MAR's own code."""
     training: int = 1500
@@ -84,6 +86,7 @@ BENCHES = {
     "decode": "writing text: beside `transformers` `generate`, and the memory's bandwidth",
     "train": "training: beside `LlamaForCausalLM`, padded batches, `transfusion-pytorch`, and the matrix rate",
     "heads": "heads of vectors: beside MAR's own sampling, few steps beside many, and a long item",
+    "speech": "sub-codes beside MusicGen's decoder, a codec beside EnCodec's; how fast checkpoints speak (--model)",
     "tokenize": "pictures to tokens and back: beside a network of `diffusers`",
 }
 
@@ -119,16 +122,20 @@ def main(argv: list[str]) -> int:
         help="decode, train, heads: size of the models (256x6 and 768x12; heads: the first)",
     )  # fmt: skip
     parser.add_argument("--compile", action="store_true", help="decode, train: with torch.compile too (takes minutes)")
+    parser.add_argument(
+        "--model", action="append", metavar="NAME", help="speech: a checkpoint that speaks; may be repeated"
+    )
     parser.add_argument("--mar", metavar="FOLDER", help="heads: a checkout of github.com/LTH14/mar to compare with")
     parser.add_argument("--training", type=int, default=1500, help="heads: steps of training (%(default)s)")
     parser.add_argument("--points", type=int, default=1000, help="heads: points of a set at each angle (%(default)s)")
     parser.add_argument("--side", type=int, default=32, help="heads: side of the item that is timed (%(default)s)")
     given = vars(parser.parse_args(argv))
     name, as_json, sizes = given.pop("name"), given.pop("json"), given.pop("size")
+    models = given.pop("model") or ()
     for option, least in (("rounds", 1), ("tokens", 1), ("training", 1), ("points", 2), ("side", 2)):
         if given[option] < least:
             raise ValueError(f"{option} must be at least {least}, got {given[option]}")
-    settings = Settings(**given, sizes=tuple(map(size, sizes)) if sizes else Settings.sizes)
+    settings = Settings(**given, models=tuple(models), sizes=tuple(map(size, sizes)) if sizes else Settings.sizes)
     for each in BENCHES if name == "all" else [name]:
         for row in rows(each, settings):
             print(json.dumps(asdict(row)) if as_json else row.text(), flush=True)
