@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -85,13 +86,15 @@ class Pattern:
         """Steps that `frames` frames take."""
         return int(self.when(frames).max()) + 1 if frames else 0
 
+    @lru_cache(maxsize=64)  # noqa: B019 - patterns are few and small; a session asks at every step
     def when(self, frames: int) -> Int[Tensor, "T K"]:
-        """The step of every sub-code."""
+        """The step of every sub-code; not to be written to."""
         offset = torch.tensor(self.offset) + self.stride * frames * torch.tensor(self.late)
         return self.stride * torch.arange(frames)[:, None] + offset
 
+    @lru_cache(maxsize=64)  # noqa: B019
     def frame(self, frames: int) -> Float[Tensor, " S"]:
-        """How far each step has come, in frames: 0 … T in every pass."""
+        """How far each step has come, in frames: 0 … T in every pass; not to be written to."""
         step = torch.arange(self.steps(frames)).float() / self.stride
         return step % frames if max(self.late) else step
 

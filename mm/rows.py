@@ -239,8 +239,10 @@ class Row:
         assert self.session is not None
         layout = self.session.settled()
         if layout is not None:
+            told = layout.reads is not None or layout.held is not None  # then nobody asks for the content
+            content = torch.zeros(0) if told else self.session.content()
             for track in self._tracks():
-                self._feed_layout(track, self.session.content(), layout)
+                self._feed_layout(track, content, layout)
             self.fed += len(layout.element)
             self.orders = max(self.orders, int(layout.order.max()) + 1)
 
