@@ -30,8 +30,8 @@ class Span(NamedTuple):
 
     start: float
     """Where it begins on the rotary axes."""
-    count: int
-    """Elements that it has."""
+    elements: int
+    """How many it has."""
     ran: frozenset[int] = frozenset()
     """Modalities whose items ran along it already: each does once."""
 
@@ -41,9 +41,9 @@ def stretch(
 ) -> tuple[tuple[float, float], Span | None]:
     """Where an item of modality `number` begins on the rotary axes, and how far apart its elements stand: 1, unless it runs along
     the text before; and what the next item may run along."""
-    if not order.along or span is None or len(grid) != 1 or not grid[0] or not span.count or number in span.ran:
+    if not order.along or span is None or len(grid) != 1 or not grid[0] or not span.elements or number in span.ran:
         return (cursor, 1.0), None
-    return (span.start, span.count / grid[0]), span._replace(ran=span.ran | {number})
+    return (span.start, span.elements / grid[0]), span._replace(ran=span.ran | {number})
 
 
 def holdings(content: Tensor, layout: Layout) -> Tensor:

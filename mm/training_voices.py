@@ -287,11 +287,14 @@ class TimbreTraining(_Training):
                 f"speakers >= 2, scale > 0, margin in 0..1 and narrow a share are needed, got {speakers}, {scale}, {margin} "
                 f"and {narrow}"
             )
-        self.reader = tokenizer
         self.classes = nn.Parameter(torch.randn(speakers, tokenizer.spec.dim))
         self.scale, self.margin, self.narrow, self.centroids = scale, margin, narrow, centroids
         self.augmentation = augmentation or Augmentation(speed=0.0, noise=0.5, bands=0, gaps=0)
         self._rows: dict[str, list[tuple[bool, bool, bool]]] = {}
+
+    @property
+    def reader(self) -> TimbreReader:
+        return cast(TimbreReader, self.tokenizer)
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
@@ -368,10 +371,13 @@ class ProsodyTraining(_Training):
         save_to: str | None = None,
     ) -> None:
         super().__init__(tokenizer, learning_rate, weight_decay, betas, warmup, final_rate, save_to)
-        self.reader = tokenizer
         self.augmentation = Augmentation(speed=0.15, gain=6.0, noise=noise, loudest_noise=15.0, bands=0, gaps=0)
         self._sums: dict[str, list[tuple[float, int]]] = {}
         self._counts = torch.zeros(1, tokenizer.spec.vocab_size, dtype=torch.long)
+
+    @property
+    def reader(self) -> ProsodyReader:
+        return cast(ProsodyReader, self.tokenizer)
 
     def on_fit_start(self) -> None:
         super().on_fit_start()

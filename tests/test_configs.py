@@ -9,7 +9,17 @@ import yaml
 
 from mm.commands.train import SHIPPED, main
 
-OTHER_DATA = {"ardit", "ardit_distilled", "asr", "asr_ctc_prompt", "lcm", "lcm_regression", "lslm", "musicgen", "vall_e"}
+OTHER_DATA = {
+    "ardit",
+    "ardit_distilled",
+    "asr",
+    "asr_ctc_prompt",
+    "lcm",
+    "lcm_regression",
+    "lslm",
+    "musicgen",
+    "vall_e",
+}
 """Systems of other data than pictures with captions, which debug.yaml has; their own tests train them (test_concepts,
 test_ardit, test_dialogues, test_speech_ctc, test_speech_codes)."""
 SYSTEMS = sorted({path.stem for path in (SHIPPED / "systems").glob("*.yaml")} - OTHER_DATA)
@@ -55,6 +65,8 @@ def test_tokenizer_configurations_parse(file: Path, capsys: pytest.CaptureFixtur
         "concepts": "mm.concepts_training.ConceptTraining",
         "speech_ctc": "mm.training_ctc.SpeechEncoderTraining",
         "speech_codec": "mm.training_speech.SpeechTokenizerModule",
+        "speech_prosody": "mm.training_voices.ProsodyTraining",
+        "speech_timbre": "mm.training_voices.TimbreTraining",
         "speech_vae": "mm.training_speech.SpeechTokenizerModule",
     }
     training = own.get(file.stem, "mm.training_tokenizer.TokenizerModule")

@@ -97,7 +97,10 @@ class SpeechProsody(ProsodyReader):
         layers: list[nn.Module] = [Frames(c["code_dim"], width), ConvNeXtBlock(width, 2)]
         for stride in STRIDES:
             layers += [Part(width, stride), ConvNeXtBlock(width, 2)]
-        self.decoder = nn.Sequential(*layers, nn.LayerNorm(width), nn.Linear(width, c["low"]))
+        last = nn.Linear(width, c["low"])
+        # It begins with the mean contour, not with noise: to be rid of that, training would make all codes the same.
+        nn.init.zeros_(last.weight)
+        self.decoder = nn.Sequential(*layers, nn.LayerNorm(width), last)
         self.quantizer = Quantizer(
             "vq",
             codebook_size=c["codebook_size"],

@@ -1,4 +1,5 @@
-"""Documents of recognisers that read speech as a prompt: a sound, or vectors made from the text alone, then the text."""
+"""Documents of systems of speech: of recognisers that read speech as a prompt (a sound, or vectors made from the text alone, then
+the text), and of those that take speech apart before they make it (a voice, a text, prosody, then the sound)."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ from typing import Any
 import torch
 
 from mm.ctc import Spelling
-from mm.data.documents import Template, check_probability, happens
+from mm.data.documents import Template, TextToSpeech, check_probability, happens, null_segment
+from mm.data.example import BrokenExample, Source
 from mm.layout import Segment
 
 
@@ -51,3 +53,65 @@ class PromptedText(Template):
         text = example[self.text_field]
         prompt = Spelling(str(text), self.noise, self.errors, seed) if from_text else example[self.audio_field]
         return [Segment(self.speech, prompt, loss=False), Segment(self.text, text, loss=True)]
+
+
+class MegaSpeech(TextToSpeech):
+    """A voice, a text, how it is spoken, and the sound (Mega-TTS, Jiang et al. 2023, arXiv 2306.03509): the timbre of another
+    clip of the same speaker, `seven`, the clip's prosody, the clip. Voice and text are given; prosody and sound are learned, and
+    before each how long it is.
+
+    The timbre is of the clip itself only where its speaker has no other. With probability `drop` everything that is given
+    becomes the null condition, and one of the two that are learned follows it, drawn evenly: guidance of either compares with
+    this.
+
+    Args:
+        source: the source of the examples, without a cache: where timbre and prosody are taken from.
+        drop: probability; see above.
+        text, timbre, prosody, speech: modalities.
+        text_field, audio_field, speaker_field: fields of the example. `audio_field` may be cached for `speech`.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        drop: float = 0.1,
+        text: str = "text",
+        timbre: str = "timbre",
+        prosody: str = "prosody",
+        speech: str = "speech",
+        text_field: str = "text",
+        speaker_field: str = "speaker",
+        audio_field: str = "audio",
+    ) -> None:
+        super().__init__(drop, 0.0, source, text, speech, text_field, speaker_field, audio_field)
+        self.timbre, self.prosody = timbre, prosody
+        self._own: dict[str, int] = {}
+
+    def __call__(self, example: Mapping[str, Any], rng: torch.Generator) -> list[Segment]:
+        # every draw is taken in every case, so that what follows doesn't depend on the probability
+        dropped, which_learned = happens(self.drop, rng), happens(0.5, rng)
+        which = float(torch.rand((), generator=rng, dtype=torch.float64))
+        assert self.source is not None
+        key, speaker = str(example["key"]), str(example[self.speaker_field or ""])
+        clips = self.clips().get(speaker, [])
+        self._own = self._own or {key: index for some in self.clips().values() for key, index in some}
+        if key not in self._own:
+            raise BrokenExample(f"example {key!r} is not in {self.source.what}, where its prosody was to be taken from")
+        speech = Segment(self.speech, example[self.audio_field], loss=True)
+        if dropped and which_learned:
+            return [null_segment(), speech]
+        prosody = Segment(self.prosody, self.source[self._own[key]][self.audio_field], loss=True)
+        if dropped:
+            return [null_segment(), prosody]
+        others = [index for other, index in clips if other != key] or [self._own[key]]
+        timbre = self.source[others[int(which * len(others))]][self.audio_field]
+        return [
+            Segment(self.timbre, timbre, loss=False),
+            Segment(self.text, example[self.text_field], loss=False),
+            prosody,
+            speech,
+        ]
+
+    def voices(self, source: Source) -> set[str]:
+        """None by name: a voice is asked for by a clip."""
+        return set()
