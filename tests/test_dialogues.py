@@ -296,6 +296,15 @@ def test_dialogue_documents(duplex: SpeechDuplex, tmp_path: Path) -> None:
     assert template.voices(source) == {"s0", "s1"}
     dropped = Dialogues(source, drop=1.0, interruption=0, speaker_field=None)(example, torch.Generator())
     assert [s.modality for s in dropped] == [NULL, "speech"] and dropped[-1].content.interrupted is None
+    waits = []
+    for n in range(40):
+        late = Dialogues(source, interruption=1.0, noise=0.0, drop=0.0, hesitation=0.2)(
+            example, torch.Generator().manual_seed(n)
+        )[-1].content
+        waits.append(late.interrupted - np.flatnonzero(late.listening.samples)[0] / RATE)
+    assert 0.24 < min(waits) < 0.3 and 0.4 < max(waits) <= 0.451
+    with pytest.raises(ValueError, match="hesitation is 0 to 10 seconds"):
+        Dialogues(source, hesitation=-1.0)
     with pytest.raises(ValueError, match="frame_rate is elements a second"):
         Dialogues(source, frame_rate=0)
 

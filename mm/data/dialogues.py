@@ -181,6 +181,8 @@ class Dialogues(Template):
         source: clips that interrupt and that babble is made of: as a rule the source of the examples.
         interruption, noise: probabilities.
         reaction: seconds from the beginning of an interruption until the speaker has to have stopped.
+        hesitation: up to so many seconds more, drawn for each example (0 in the paper). A model that is not sure when the
+            interruption began then learns to stop in every frame that follows, not in one that it may miss.
         keyword: only this word interrupts ("stop"), cut from the clips of `source`, which need `words`: [word, start, end] in
             seconds (the paper's command setting); None: any clip does (its voice setting).
         drop: probability that voice and text become the null condition.
@@ -195,6 +197,7 @@ class Dialogues(Template):
         interruption: float = 0.5,
         noise: float = 0.5,
         reaction: float = 0.25,
+        hesitation: float = 0.0,
         keyword: str | None = None,
         drop: float = 0.1,
         frame_rate: float = 31.25,
@@ -207,7 +210,10 @@ class Dialogues(Template):
     ) -> None:
         if not frame_rate > 0:
             raise ValueError(f"frame_rate is elements a second, more than 0, got {frame_rate}")
+        if not 0 <= hesitation <= 10:
+            raise ValueError(f"hesitation is 0 to 10 seconds, got {hesitation}")
         self.source, self.keyword = source, keyword
+        self.reaction, self.hesitation = reaction, hesitation
         self.drop, self.frame_rate = check_probability("drop", drop), frame_rate
         self.text, self.speech = text, speech
         self.text_field, self.speaker_field, self.audio_field = text_field, speaker_field, audio_field
@@ -216,16 +222,17 @@ class Dialogues(Template):
             len(source),
             interruption=interruption,
             noise=noise,
-            reaction=reaction,
+            reaction=reaction + hesitation,
             interrupts=None if keyword is None else spoken_words(source, keyword, words_field),
         )
 
     def __call__(self, example: Mapping[str, Any], rng: torch.Generator) -> list[Segment]:
         dropped, seed = happens(self.drop, rng), int(torch.randint(1 << 31, (), generator=rng))
+        late = float(torch.rand((), generator=rng))
         said = example[self.audio_field]
         seconds = said.grid[0] / self.frame_rate if isinstance(said, Encoded) else said.seconds
         heard = self.channel(seconds, np.random.default_rng(seed))
-        until = None if heard.start is None else heard.start + self.channel.reaction
+        until = None if heard.start is None else heard.start + self.reaction + late * self.hesitation
         spoken = Segment(self.speech, Dialogue(said, heard.audio, until), loss=True)
         if dropped:
             return [null_segment(), spoken]
