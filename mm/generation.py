@@ -36,8 +36,9 @@ class Request:
 
     prompt: Sequence[Segment]
     """What is given, in document order."""
-    items: Sequence[tuple[str, Grid]] = ()
-    """Items to open first, one after the other, each with its grid: [("image", (8, 8))]. Without one, None, the model chooses the
+    items: Sequence[tuple[str, Grid] | Segment] = ()
+    """Items to open first, one after the other, each with its grid: [("image", (8, 8))]; between them may stand texts that are
+    given. Without a grid, None, the model chooses the
     extents, sampling as for text; of a list within a range, if that is given: [("speech", range(8, 65))]."""
     stretch: float = 1.0
     """Extents of `items` that the model chose are multiplied by this and rounded."""

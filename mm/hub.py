@@ -76,6 +76,7 @@ def save_pretrained(
             "vocabulary": model.vocabulary.to_dict(),
             "null_seen": model.null_seen,
             "voices": list(check_voices(model.voices, "the model")),
+            "by_word": model.by_word,
             "sampling": {name: dataclasses.asdict(value) for name, value in (sampling or {}).items()},
         }
         safe_io.write_tensors(folder / WEIGHTS, state, {"format": "pt"})
@@ -219,6 +220,7 @@ def load_weights(model: MultimodalModel, path_or_name: str | os.PathLike[str]) -
     model.load_state_dict(_read_weights(folder, model))
     model.null_seen = config.get("null_seen") or model.null_seen
     model.voices = check_voices(config.get("voices") or [], "the checkpoint") or model.voices
+    model.by_word = bool(config.get("by_word")) or model.by_word
 
 
 def _read_weights(folder: Path, model: MultimodalModel) -> dict[str, Any]:
@@ -298,4 +300,5 @@ def _build(config: Mapping[str, Any], tokenizers: Mapping[str, ModalityTokenizer
     model = attempt(lambda: MultimodalModel(backbone, modalities, config["context"]), "the model")
     model.null_seen = config.get("null_seen")
     model.voices = check_voices(config.get("voices") or [], "the checkpoint")
+    model.by_word = bool(config.get("by_word"))
     return model

@@ -56,6 +56,8 @@ class MultimodalModel(nn.Module):
         """Whether training showed it the null condition, which guidance needs; None: not known."""
         self.voices: tuple[str, ...] = ()
         """Names of voices that training showed it, sorted; speech may be asked for in each."""
+        self.by_word = False
+        """Whether it learned to speak word by word (`mm.data.documents.TextToSpeech`)."""
         self.grammar = Grammar(self.vocabulary)
         self.build_document = DocumentBuilder(self.modalities, self.vocabulary)
         width = backbone.width

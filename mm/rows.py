@@ -33,7 +33,7 @@ class Row:
         self.twins: list[Track] = []
         self.segments: list[Segment] = []
         self.text: list[int] = []
-        self.forced = list(request.items)
+        self.forced = [self._encoded(item) if isinstance(item, Segment) else item for item in request.items]
         self.known = request.known
         self.session: Session | None = None
         self.proposal: Proposal | None = None
@@ -50,10 +50,10 @@ class Row:
             self._alongside(name)  # refused now, if it has to be
         self._prompt()
         forced = most = 0
-        for name, grid in self.forced:
-            self._check_item(name, grid)
-            forced += self._span(name, grid)[0]
-            most += self._span(name, grid)[1]
+        for item in self.forced:
+            if not isinstance(item, Segment):
+                self._check_item(*item)
+            forced, most = forced + self._needed(item)[0], most + self._needed(item)[1]
         if self.known is not None:
             self._check_known(self.known[0])
         limit = self.main.length + most + (request.max_tokens if request.text else 0)
@@ -64,13 +64,14 @@ class Row:
             )
         self.limit = min(limit, model.context)
         free = self._openable_names() if request.free else []
-        names = [name for name, _ in self.forced] + free
-        largest = [self._counts(name, grid)[1] for name, grid in self.forced if self._modality(name).order.beside]
-        largest += [
+        opened = [item for item in self.forced if not isinstance(item, Segment)]
+        names = [name for name, _ in opened] + free
+        beside = [self._counts(name, grid)[1] for name, grid in opened if self._modality(name).order.beside]
+        beside += [
             min(self.limit, math.prod(self.vocabulary[n].max_grid)) for n in free if self._modality(n).order.beside
         ]
         # a twin adds `bos null` to an item that fits the row; some items are evaluated once more beside themselves
-        self.need = self.limit + 2 + max(largest, default=0)
+        self.need = self.limit + 2 + max(beside, default=0)
         samplings = [self._sampling(name) for name in names]
         self.guided = any(sampling.guided for sampling in samplings)
         self.most_twins = max(((1 if s.context_guidance is None else 2) * s.guided for s in samplings), default=0)
@@ -78,6 +79,12 @@ class Row:
 
     def _sampling(self, name: str) -> Sampling:
         return self.request.by_modality.get(name, self.request.sampling)
+
+    def _encoded(self, given: Segment) -> Segment:
+        """A text that is given between items, as tokens."""
+        if given.modality != self.vocabulary.host.name:
+            raise ValueError(f"only texts can be given between items, got {given.modality}; put it into the prompt")
+        return replace(given, content=self.model.build_document.encode(given), loss=False)
 
     def _counts(self, name: str, grid: Grid) -> tuple[int, int]:
         """The fewest and the most elements that a forced item may have."""
@@ -90,6 +97,10 @@ class Row:
         """The fewest and the most positions that it may take."""
         around, (least, most) = self.grammar.overhead(name), self._counts(name, grid)
         return around + self._places(name, least), around + self._places(name, most)
+
+    def _needed(self, item: tuple[str, Grid] | Segment) -> tuple[int, int]:
+        """As `_span`, of an item or of a text between items."""
+        return (len(item.content),) * 2 if isinstance(item, Segment) else self._span(*item)
 
     def _check_item(self, name: str, grid: Grid) -> None:
         """Refuse what cannot be generated before anything runs."""
@@ -123,7 +134,10 @@ class Row:
     def _check_known(self, content: Tensor) -> None:
         if not self.forced:
             raise ValueError("`known` gives elements of the first of `items`, but `items` is empty; name item and grid")
-        entry = self.vocabulary[self.forced[0][0]]
+        first = next((item for item in self.forced if not isinstance(item, Segment)), None)
+        if first is None:
+            raise ValueError("`known` gives elements of an item, but `items` holds texts only; name item and grid")
+        entry = self.vocabulary[first[0]]
         if entry.kind == "continuous":
             dim = self.model.modalities[self.vocabulary.index[entry.name]].tokenizer.spec.dim
             if content.ndim != 2 or content.shape[1] != dim or not bool(content.isfinite().all()):
@@ -163,6 +177,8 @@ class Row:
             if self.proposal is not None:
                 return
             self._close()
+        while self.forced and isinstance(self.forced[0], Segment):
+            self._give(self.forced.pop(0))
         if self.forced:
             name, grid = self.forced.pop(0)
             self._open(name)
@@ -179,6 +195,13 @@ class Row:
             self.state, self.head = "text", 0
             if self.limit - self.main.length < 2:  # what is left is `eos`, which needs no asking
                 self._finish()
+
+    def _give(self, text: Segment) -> None:
+        """A text that stands between items."""
+        ids = text.content.ids.tolist()
+        self.main.span = Span(self.main.cursor, len(ids))
+        self.main.controls(ids)
+        self.segments.append(text)
 
     def _open(self, name: str) -> None:
         self._end_text()
@@ -360,7 +383,7 @@ class Row:
     def _largest_extent(self) -> int:
         """What the open item's next axis may be, so that the item fits, and those that are still to be opened."""
         name = self.entry.name
-        room = self.limit - self.main.length - sum(self._span(name, grid)[0] for name, grid in self.forced)
+        room = self.limit - self.main.length - sum(self._needed(item)[0] for item in self.forced)
         inside = self._elements(name, room - self.grammar.overhead(name) + 1 + len(self.grid))
         return self.grammar.largest(name, self.grid, inside)
 

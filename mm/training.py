@@ -132,22 +132,28 @@ class ModelTraining(pl.LightningModule):
                 )
 
     def on_fit_start(self) -> None:
-        """Ask the training data for the names of voices; streams, which can't be looked up, are not asked."""
+        """Ask the training data for the names of voices; streams, which can't be looked up, are not asked. Raises `ValueError`
+        for names that can't be saved."""
         from mm.data.example import Source
+        from mm.hub import check_voices
 
         parts = getattr(getattr(self.trainer, "datamodule", None), "parts", {}).get("train", [])
         found: set[str] = set()
         for part in parts:
+            self.model.by_word |= getattr(part.template, "by_word", False)
             if hasattr(part.template, "voices") and isinstance(part.source, Source):
                 found |= part.template.voices(part.source)
-        self.model.voices = tuple(sorted(found | set(self.model.voices)))
+        # names that can't be saved are refused before hours of training, not after
+        self.model.voices = check_voices(sorted(found | set(self.model.voices)), "the training data")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["null_seen"], checkpoint["voices"] = self.model.null_seen, list(self.model.voices)
+        checkpoint["by_word"] = self.model.by_word
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.model.null_seen = checkpoint.get("null_seen")
         self.model.voices = tuple(checkpoint.get("voices", ()))
+        self.model.by_word = bool(checkpoint.get("by_word"))
 
     def validation_step(self, batch: TokenStream, batch_idx: int) -> Tensor:
         return self._step(batch, "val")

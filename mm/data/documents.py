@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from mm.data.example import BrokenExample, Source
+from mm.interfaces import Encoded
 from mm.layout import NULL, Segment
 
 
@@ -102,8 +103,15 @@ class TextToSpeech(Template):
     name, where there is one: so any voice can be asked for by a sample. With probability `drop` voice and text together
     become the null condition.
 
+    A small model loses its place in a long text. `by_word` gives it its place: after the whole text each word stands once more,
+    right before its own part of the sound, whose end says that the next word's turn has come (as phonemes do in ELLA-V, Song
+    et al. 2024, section 3). An example without `words` is one word.
+
     Args:
         drop, reference: probabilities; see above.
+        by_word: whether words and their sounds alternate; for sounds that come as tokens (`cached` of the data module).
+        words_field: field with [word, first second, last second] of each word.
+        frame_rate: elements a second of the tokens, for `by_word`.
         source: where reference clips come from; as a rule the source of the examples.
         text, speech: modalities.
         text_field, audio_field: fields of the example.
@@ -120,8 +128,14 @@ class TextToSpeech(Template):
         text_field: str = "text",
         speaker_field: str | None = "speaker",
         audio_field: str = "audio",
+        by_word: bool = False,
+        words_field: str = "words",
+        frame_rate: float | None = None,
     ) -> None:
         self.drop, self.reference = check_probability("drop", drop), check_probability("reference", reference)
+        if by_word and (frame_rate is None or not 0 < frame_rate < 1e6):
+            raise ValueError(f"by_word needs frame_rate, the tokenizer's elements a second, got {frame_rate}")
+        self.by_word, self.words_field, self.frame_rate = by_word, words_field, frame_rate
         if reference and (source is None or speaker_field is None):
             raise ValueError(
                 f"reference clips (probability {reference}) are drawn from others of the same speaker; give source, and the "
@@ -149,10 +163,7 @@ class TextToSpeech(Template):
         which = float(torch.rand((), generator=rng, dtype=torch.float64))
         if dropped:
             return [null_segment(), Segment(self.speech, example[self.audio_field], loss=True)]
-        document = [
-            Segment(self.text, example[self.text_field], loss=False),
-            Segment(self.speech, example[self.audio_field], loss=True),
-        ]
+        document = self._spoken(example)
         if self.speaker_field is None:
             return document
         name = str(example[self.speaker_field])
@@ -162,6 +173,32 @@ class TextToSpeech(Template):
             clip = self.source[others[int(which * len(others))]][self.audio_field]
             return [Segment(self.speech, clip, loss=False), *document]
         return [voice_segment(name, self.text), *document]
+
+    def _spoken(self, example: Mapping[str, Any]) -> list[Segment]:
+        """The text and its sound, whole or word by word."""
+        text, sound = example[self.text_field], example[self.audio_field]
+        if not self.by_word:
+            return [Segment(self.text, text, loss=False), Segment(self.speech, sound, loss=True)]
+        if not isinstance(sound, Encoded):
+            raise ValueError(
+                f"by_word takes tokens apart, but {self.audio_field} is a {type(sound).__name__}; name it in the data module's "
+                f"cached: {{{self.audio_field}: {self.speech}}}"
+            )
+        document = [whole_text(text, self.text)]
+        words = example.get(self.words_field) or [[text, 0.0, 0.0]]
+        begin = 0
+        for number, (word, _, _) in enumerate(words, 1):
+            # a word's part lasts until the next one begins, the first has the silence before it, the last the rest
+            end = len(sound) if number == len(words) else round(float(words[number][1]) * (self.frame_rate or 0.0))
+            if not begin < end <= len(sound) - (len(words) - number):
+                raise BrokenExample(
+                    f"example {example['key']!r}: word {number} of {len(words)} spans the elements {begin} to {end} of "
+                    f"{len(sound)}; is frame_rate {self.frame_rate} the tokenizer's?"
+                )
+            document.append(Segment(self.text, str(word), loss=False))
+            document.append(Segment(self.speech, part(sound, begin, end), loss=True))
+            begin = end
+        return document
 
     def voices(self, source: Source) -> set[str]:
         """Names of the speakers in a source, which documents begin with."""
@@ -179,6 +216,22 @@ class TextToSpeech(Template):
 def voice_segment(name: str, text: str = "text") -> Segment:
     """How a document names its voice. Requests for speech begin with it."""
     return Segment(text, f"{name}: ", loss=False)
+
+
+def whole_text(text: str, modality: str = "text") -> Segment:
+    """How a document begins that is spoken word by word."""
+    return Segment(modality, f"{text}\n", loss=False)
+
+
+def part(item: Encoded, begin: int, end: int) -> Encoded:
+    """Elements of a list, as an item of their own."""
+    grid, kept = (end - begin,), slice(begin, end)
+    if item.codes is not None:
+        return Encoded(grid=grid, codes=item.codes[kept])
+    if item.latents is not None:
+        return Encoded(grid=grid, latents=item.latents[kept])
+    assert item.ids is not None
+    return Encoded(grid=grid, ids=item.ids[kept])
 
 
 class SpeechToText(_Pair):

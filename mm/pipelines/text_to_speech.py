@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mm.audio import Audio, SoundSource
-from mm.data.documents import voice_segment
+from mm.data.documents import voice_segment, whole_text
 from mm.generation import Event, Grid, Request
 from mm.interfaces import Encoded, Sampling
 from mm.layout import NULL, Segment
@@ -23,7 +23,7 @@ from mm.pipelines.base import Callback, Pipeline, SamplingOptions, check_count, 
 from mm.pipelines.outputs import AudioOutput
 from mm.pipelines.playing import Player, events
 from mm.pipelines.sound_editing import Edit, Plan, plan
-from mm.pipelines.utterances import USUAL, bounds, check_duration, divide, divided
+from mm.pipelines.utterances import USUAL, bounds, check_duration, divide, divided, shares
 
 Voice = str | SoundSource | None
 """The name of a voice that the model knows, or a clip of one: a path, bytes, an open binary file, `mm.audio.Audio`, or (rate,
@@ -40,6 +40,8 @@ class Utterance:
     text: str
     grid: Grid
     """Elements: given, or bounds between which the model chooses."""
+    words: Sequence[tuple[str, Grid]] = ()
+    """Of a model that speaks word by word: each word, and its elements."""
     plan: Plan | None = None
     """Of an edit."""
 
@@ -134,7 +136,7 @@ class TextToSpeechPipeline(Pipeline):
                 f"this model reads {self.speech!r} and can't make it: its elements don't stand for times; use a model of speech"
             )
         count = len(texts)
-        voices = _spread("voice", voice, count, (str, os.PathLike, bytes, Audio, tuple, NoneType))
+        voices = _spread("voice", voice, count, (str, os.PathLike, bytes, bytearray, memoryview, Audio, tuple, NoneType))
         durations = _spread("duration", duration, count, (int, float, NoneType))
         clips: dict[int, list[Segment]] = {}
         for one in voices:
@@ -157,7 +159,7 @@ class TextToSpeechPipeline(Pipeline):
     def encode_voice(self, voice: Voice) -> list[Segment]:
         """How a document begins that is spoken in a voice. Raises `ValueError` for a voice that the model doesn't know."""
         known = self.model.voices
-        if isinstance(voice, str) and voice not in known and not Path(voice).is_file():
+        if isinstance(voice, str) and voice not in known and not os.path.isfile(voice):
             names = ", ".join(known) or "none by name"
             raise ValueError(
                 f"there is no voice {voice[:60]!r}, and no sound file of that name; this model knows {names}"
@@ -187,7 +189,11 @@ class TextToSpeechPipeline(Pipeline):
         def fits(part: str) -> bool:
             elements = max(1, min(most, round(rate * len(part))))
             room = self.model.context - taken - place.order.places(elements, tokenizer.spec)
-            return len(self.tokenizer(self.text).encode(part)) <= room
+            length = len(self.tokenizer(self.text).encode(part))
+            if self.model.by_word:  # each word once more, and an item for each
+                around = self.model.grammar.overhead(self.speech) + place.order.places(1, tokenizer.spec)
+                length = 2 * length + 1 + len(part.split()) * around
+            return length <= room
 
         if total is None:
             parts = divide(text, max(1, int(longest(tokenizer) * USUAL)), fits)
@@ -195,17 +201,30 @@ class TextToSpeechPipeline(Pipeline):
         else:
             shared = divided(text, total, most, fits)
             parts, grids = [part for part, _ in shared], [(number,) for _, number in shared]
-        return [
-            Utterance(prompt=self._prompt(part, beginning), text=part, grid=grid)
-            for part, grid in zip(parts, grids, strict=True)
-        ]
+        return [self._utterance(part, beginning, grid) for part, grid in zip(parts, grids, strict=True)]
+
+    def _utterance(self, text: str, beginning: list[Segment], grid: Grid) -> Utterance:
+        if not self.model.by_word:
+            return Utterance(prompt=self._prompt(text, beginning), text=text, grid=grid)
+        tokenizer = self.tokenizer(self.speech)
+        words: list[tuple[str, Grid]] = (
+            [(word, (elements,)) for word, elements in shares(text, grid[0])]
+            if isinstance(grid, tuple)
+            else [(word, bounds(word, tokenizer)) for word in text.split()]
+        )
+        prompt = [*beginning, self.encode_text(whole_text(" ".join(text.split())).content)]
+        return Utterance(prompt=prompt, text=text, grid=grid, words=words)
 
     def _edited(
         self, text: str | None, beginning: list[Segment], seconds: float | None, edit: Edit, probe: bool
     ) -> list[Utterance]:
+        if self.model.by_word:
+            raise ValueError(
+                "this model speaks word by word, and can't fill in a span; use one that learned whole texts with infill (ardit)"
+            )
         order = self.model.modalities[self.model.vocabulary.index[self.speech]].order
         block = max(1, getattr(order, "block", 1)) if probe else 0
-        planned = plan(edit, seconds, block, self.tokenizer(self.speech))
+        planned = plan(edit, seconds, block, self.tokenizer(self.speech), text or "")
         if probe and not len(planned.truth):
             raise ValueError(
                 "nothing follows the span of an edit that could tell which candidate is best; give a score"
@@ -231,7 +250,12 @@ class TextToSpeechPipeline(Pipeline):
         """Items of `num_audios` sounds for each encoded text."""
         requests = self._requests(utterances, num_audios, stretch, sampling)
         made = iter(self.run(requests, seed, callback))
-        return [[next(made)[-1].content for _ in parts] for parts in utterances for _ in range(num_audios)]
+        return [[self._spoken_item(next(made)) for _ in parts] for parts in utterances for _ in range(num_audios)]
+
+    def _spoken_item(self, segments: Sequence[Segment]) -> Encoded:
+        """The sound of one utterance; of one that is spoken word by word, all its parts as one item."""
+        contents = [segment.content.content for segment in segments if segment.modality == self.speech]
+        return self._wrap(torch.cat(contents) if len(contents) > 1 else contents[0])
 
     def _requests(
         self, utterances: Sequence[Sequence[Utterance]], num_audios: int, stretch: float, sampling: Sampling | None
@@ -244,7 +268,7 @@ class TextToSpeechPipeline(Pipeline):
         return [
             Request(
                 prompt=part.prompt,
-                items=[(self.speech, part.grid)],
+                items=self._items(part),
                 text=False,
                 by_modality=chosen,
                 stretch=float(stretch),
@@ -254,6 +278,12 @@ class TextToSpeechPipeline(Pipeline):
             for _ in range(num_audios)
             for part in parts
         ]
+
+    def _items(self, part: Utterance) -> list[tuple[str, Grid] | Segment]:
+        if not part.words:
+            return [(self.speech, part.grid)]
+        each = ((self.encode_text(word), (self.speech, grid)) for word, grid in part.words)
+        return [item for pair in each for item in pair]
 
     def decode(
         self, tokens: Sequence[Sequence[Encoded]], utterances: Sequence[Sequence[Utterance]] | None = None
@@ -314,14 +344,20 @@ class TextToSpeechPipeline(Pipeline):
             self.run(requests, seed, tell, batch_size=1)
 
         players = [Player(tokenizer, self._wrap, chunk) for _ in requests]
+        left = [sum(not isinstance(item, Segment) for item in request.items) for request in requests]
+        before: list[list[Tensor]] = [[] for _ in requests]
         steps = events(work)
         try:
             for event in steps:
                 if event.modality == name:
-                    last = event.done == 1.0
-                    final = len(event.content) if last else event.final
+                    ended, earlier = event.done == 1.0, before[event.row]
+                    left[event.row] -= ended
+                    final = sum(map(len, earlier)) + (len(event.content) if ended else event.final)
+                    content = torch.cat([*earlier, event.content])
                     with torch.no_grad():
-                        piece = players[event.row].play(event.content, final, last)
+                        piece = players[event.row].play(content, final, ended and not left[event.row])
+                    if ended:
+                        earlier.append(event.content)
                     if piece is not None and len(piece.samples):
                         yield piece
         finally:

@@ -21,12 +21,30 @@ CLAUSES = re.compile(r"[,;:—–]+\s+|[、，；：،]+")
 SPACES = re.compile(r"\s+")
 
 
+def as_seconds(value: Any, what: str) -> float:
+    """A number of seconds. Raises `ValueError` for what is none."""
+    try:
+        seconds = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:  # a whole number beyond all floats
+        seconds = math.inf
+    if not math.isfinite(seconds):
+        raise ValueError(f"{what} is a number of seconds, got {value!r:.60}")
+    return seconds
+
+
+def check_speed(seconds: float, text: str) -> None:
+    """Raises `ValueError` where a text can't be spoken so fast."""
+    if seconds < FASTEST * len(text):
+        raise ValueError(
+            f"the {len(text)} characters of {text[:40]!r} can't be spoken in {seconds:g} s; leave them "
+            f"{math.ceil(100 * FASTEST * len(text)) / 100:g} s or more"
+        )
+
+
 def check_duration(duration: Any, text: str, tokenizer: ModalityTokenizer) -> int:
     """Elements of a duration in seconds. Raises `ValueError` for what is none, and for what can't be spoken in it."""
     rate, most_elements = tokenizer.spec.frame_rate, tokenizer.spec.max_grid[0]
-    seconds = float(duration) if isinstance(duration, Real) and not isinstance(duration, bool) else math.nan
-    if not math.isfinite(seconds):
-        raise ValueError(f"a duration is a number of seconds, got {duration!r:.60}")
+    seconds = as_seconds(duration, "a duration")
     most = most_elements
     if text:  # a long one is divided, but not inside a word
         word = max((len(word) for word in text.split() if len(word) <= WORD), default=1)
@@ -47,6 +65,21 @@ def bounds(text: str, tokenizer: ModalityTokenizer) -> range:
     most = spec.max_grid[0]
     least = max(1, min(math.ceil(FASTEST * len(text) * spec.frame_rate), most))
     return range(least, max(least, min(most, math.floor(SLOWEST * len(text) * spec.frame_rate))) + 1)
+
+
+def shares(text: str, total: int) -> list[tuple[str, int]]:
+    """The words of a text, and how many of `total` elements each gets: by its characters, at least one. Raises `ValueError`
+    for fewer elements than words."""
+    words = text.split()
+    if total < len(words):
+        raise ValueError(f"{len(words)} words can't be spoken in {total} elements of the model; give a longer duration")
+    weights = [len(word) + 1 for word in words]
+    out, left, heavy = [], total, sum(weights)
+    for number, (word, weight) in enumerate(zip(words, weights, strict=True), 1):
+        share = max(1, min(round(left * weight / heavy), left - (len(words) - number)))
+        out.append((word, share))
+        left, heavy = left - share, heavy - weight
+    return out
 
 
 def divide(text: str, most: int, fits: Callable[[str], bool]) -> list[str]:
@@ -75,7 +108,8 @@ def _place(text: str, most: int) -> int:
     """Where to divide a text that is longer than `most`: after a sentence or a part of one, unless that leaves less than a
     third; between words; anywhere."""
     for end in (SENTENCES, CLAUSES, SPACES):
-        places = [match.end() for match in end.finditer(text, 0, most + 1)]
+        found = (match.end() for match in end.finditer(text, 0, most + 1))
+        places = [place for place in found if place <= most or text[most:place].isspace()]
         least = most // 3 if end is not SPACES else 0
         if places and places[-1] > least:
             return places[-1]  # beyond `most` stands white space only, which is taken off
