@@ -20,7 +20,7 @@ The networks meet in detached tensors only, so that one optimizer steps all that
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -79,10 +79,15 @@ class NoisyBlocks:
         return replace(stream, time=times, **changed)
 
     def velocity(
-        self, model: MultimodalModel, x: Float[Tensor, "R D"], time: Float[Tensor, " R"]
+        self,
+        model: MultimodalModel,
+        x: Float[Tensor, "R D"],
+        time: Float[Tensor, " R"],
+        others: Mapping[str, Tensor] | None = None,
     ) -> tuple[Float[Tensor, "R D"], Float[Tensor, "T W"]]:
-        """What the model predicts for x at the given times, and all hidden states."""
-        hidden = model(self.filled(x, time), self.plan)
+        """What the model predicts for x at the given times, and all hidden states. `others`: noise of other modalities, whose
+        noisy copies no position beside them sees; only their own loss asks for it."""
+        hidden = model(self.filled(x, time), self.plan, others)
         head: Any = model.head(self.name)  # those that regress have a transition
         return head.transition(hidden[self.places], x)[0], hidden
 
@@ -131,7 +136,8 @@ class Distillation(ModelTraining):
     """Trains a one-step student of a checkpoint whose backbone denoises blocks (`mm.orders.blocks`) with the flow process.
 
     Takes what `ModelTraining` takes, and backbone and modalities are those of the teacher; `initial` is the teacher. The model
-    that comes out is an ordinary one whose blocks order has one step. Text and controls go on learning with it.
+    that comes out is an ordinary one whose blocks order has one step. Text, controls and other modalities go on learning with it,
+    each by its own loss.
 
     `val/ode` is the mean squared distance of what the student makes of noise from what the teacher's sampler makes of it.
 
@@ -227,6 +233,7 @@ class Distillation(ModelTraining):
         return self
 
     def on_fit_start(self) -> None:
+        super().on_fit_start()
         if self.fake_steps > 1 and self.trainer.world_size > 1:  # ranks wait for gradients of all that learns
             raise ValueError(
                 f"fake_steps is {self.fake_steps}, and several ranks can train with 1 only; train on one device"
@@ -269,9 +276,13 @@ class Distillation(ModelTraining):
         """Weight of the pairs now."""
         return self.betas_ode[self.global_step >= self.late * float(self.trainer.estimated_stepping_batches)]
 
-    def made(self, blocks: NoisyBlocks, noise: Float[Tensor, "R D"]) -> tuple[Float[Tensor, "R D"], Tensor]:
-        """What the student makes of noise, and all its hidden states."""
-        velocity, hidden = blocks.velocity(self.model, noise, torch.ones(len(blocks), device=noise.device))
+    def made(
+        self, blocks: NoisyBlocks, noise: Float[Tensor, "R D"], others: Mapping[str, Tensor] | None = None
+    ) -> tuple[Float[Tensor, "R D"], Tensor]:
+        """What the student makes of noise, and all its hidden states. `others` as `NoisyBlocks.velocity`."""
+        if not len(blocks):
+            return noise, self.model(blocks.stream, blocks.plan, others)
+        velocity, hidden = blocks.velocity(self.model, noise, torch.ones(len(blocks), device=noise.device), others)
         return self.one_step.advance(0, noise, velocity, None, iter(()))[0], hidden
 
     def fake_loss(self, blocks: NoisyBlocks, x: Float[Tensor, "R D"]) -> Tensor:
@@ -309,14 +320,15 @@ class Distillation(ModelTraining):
         if stage != "train":
             return self._validate(blocks, stage)
         terms: dict[str, Tensor] = {}
+        others = self._noise_of_others(batch)
         turn = self.global_step % self.fake_steps == 0
         with torch.set_grad_enabled(turn):
             noise = torch.randn(len(blocks), self._dim, device=self.device)
-            x, hidden = self.made(blocks, noise) if len(blocks) else (noise, self.model(batch, blocks.plan))
+            x, hidden = self.made(blocks, noise, others)
         if len(blocks):
             terms["fake"] = self.fake_loss(blocks, x.detach())
         if turn:
-            terms |= dict(self._others(batch, hidden))
+            terms |= dict(self._others(batch, hidden, others))
             if len(blocks) and self.distribution:
                 terms["distribution"] = self.distribution * self.distribution_loss(blocks, x)
             if len(blocks) and self.beta:
@@ -329,17 +341,22 @@ class Distillation(ModelTraining):
         return total + self.model.untouched() + self.fake.untouched() if several else total
 
     def _validate(self, blocks: NoisyBlocks, stage: str) -> Tensor:
-        noise = torch.randn(len(blocks), self._dim, device=self.device)
-        x, hidden = self.made(blocks, noise)
-        terms = dict(self._others(blocks.stream, hidden))
-        terms["ode"] = (x - self.answers(blocks, noise)).square().mean()
+        noise, others = torch.randn(len(blocks), self._dim, device=self.device), self._noise_of_others(blocks.stream)
+        x, hidden = self.made(blocks, noise, others)
+        terms = dict(self._others(blocks.stream, hidden, others))
+        if len(blocks):
+            terms["ode"] = (x - self.answers(blocks, noise)).square().mean()
         for name, term in terms.items():
             self.log(f"{stage}/{name}", term, prog_bar=True, batch_size=blocks.stream.num_documents, sync_dist=True)
-        return terms["ode"]
+        return torch.stack([hidden.sum() * 0.0, *terms.values()]).sum()
 
-    def _others(self, batch: TokenStream, hidden: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """The ordinary loss of what isn't distilled: texts, and how many elements an item has."""
-        for name, source, losses in self.model.losses(batch, hidden):
+    def _noise_of_others(self, batch: TokenStream) -> dict[str, Tensor]:
+        """Noise for what else the backbone denoises; the distilled modality's noisy blocks are filled by hand."""
+        return {name: noise for name, noise in self.model.draw_noise(batch).items() if name != self.modality}
+
+    def _others(self, batch: TokenStream, hidden: Tensor, noise: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """The ordinary loss of what isn't distilled: texts, other modalities, and how many elements an item has."""
+        for name, source, losses in self.model.losses(batch, hidden, noise):
             if name != self.modality:
                 yield name, (batch.weight[source] * losses).mean()
 

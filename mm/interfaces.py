@@ -50,7 +50,7 @@ class Spec:
     """Samples a second of the sound that elements stand for; 0: it isn't sound."""
     frame_rate: float = 0.0
     """Elements a second of a tokenizer of sound."""
-    alongside: Mapping[str, int] = field(default_factory=dict)
+    alongside: Mapping[str, int] = field(default_factory=dict, hash=False)
     """Name → width of the vectors that come from elsewhere beside every element (`Encoded.alongside`)."""
     stop: int = -1
     """The id that, as sub-code 0 of an element, ends an item before the extent it announced; −1: none does."""
@@ -408,7 +408,7 @@ class Draw:
             self.scale != 1.0 or (self.context is not None and self.context_scale != 1.0)
         )
 
-    def guided(self, made: Float[Tensor, "n *D"]) -> Float[Tensor, "m *D"]:
+    def guided(self, made: Float[Tensor, "n ..."]) -> Float[Tensor, "m ..."]:
         """Of what a head predicts for all its hidden states, this draw's rows, guided."""
         own = made[self.rows]
         if not self.is_guided or self.unconditional is None:

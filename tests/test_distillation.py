@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from mm.adopt import fingerprint
 from mm.backbone import BackboneConfig
+from mm.data.example import Source
 from mm.diffusion import Plan
 from mm.distillation import Distillation, NoisyBlocks, Pairs
 from mm.ema import EMA
@@ -386,6 +388,89 @@ def test_batches_without_sound_teach_text(teacher: Path) -> None:
     before = fingerprint(module.fake)
     trainer = fit(module, [text], 1)
     assert set(trainer.callback_metrics) == {"train/text", "train/positions"} and fingerprint(module.fake) == before
+
+
+def test_batches_without_sound_can_be_validated(teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without any vector, and with given ones only."""
+    module, seen = distillation(teacher), dict[str, Tensor]()
+    monkeypatch.setattr(module, "log", lambda name, value, **_: seen.update({name: value}))
+    given = Segment("speech", Encoded(grid=(2,), latents=torch.ones(2, 2)), loss=False)
+    for document in ([Segment("text", "only words")], [given, Segment("text", "words")]):
+        seen.clear()
+        batch = pack([module.model.build_document(document, torch.Generator())])
+        total = module._step(batch, "val")
+        assert set(seen) == {"val/text"} and torch.equal(total, seen["val/text"])
+
+
+def test_another_denoised_modality_learns_as_ever(tmp_path: Path) -> None:
+    """The loss of what isn't distilled is the one of ordinary training, noise and all."""
+
+    def two() -> list[Modality]:
+        notes = Modality(name="notes", tokenizer=Frames(), head=RegressionHead(), order=Blocks(1, time_condition=False))
+        return [*modalities(), notes]
+
+    torch.manual_seed(0)
+    model = MultimodalModel(BACKBONE, two())
+    with torch.no_grad():
+        for parameter in model.parameters():  # AdaLN starts at zero
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    saved = save_pretrained(model, tmp_path / "two")
+    with pytest.raises(ValueError, match="name one of these"):
+        distillation(saved, modalities=two())
+    module = distillation(saved, modalities=two(), modality="speech")
+    vectors = draw(1, torch.Generator().manual_seed(2))[0]
+    notes = Segment("notes", Encoded(grid=(COUNT,), latents=vectors.flip(0)))
+    stream = pack([module.model.build_document([*document(vectors), notes], torch.Generator().manual_seed(0))])
+    torch.manual_seed(5)
+    others = module._noise_of_others(stream)
+    assert set(others) == {"notes"}
+    blocks = NoisyBlocks(stream, "speech")
+    hidden = module.made(blocks, torch.randn(len(blocks), 2), others)[1]
+    found = dict(module._others(stream, hidden, others))
+    noise = others | {"speech": torch.randn_like(stream.latents["speech"].values)}
+    wanted = {
+        name: losses.mean() for name, _, losses in module.model.losses(stream, module.model(stream, noise=noise), noise)
+    }
+    assert set(found) == {"text", "notes"} and torch.allclose(found["notes"], wanted["notes"], atol=1e-5)
+    without = dict(module._others(stream, module.made(blocks, torch.randn(len(blocks), 2))[1], {}))
+    assert not torch.allclose(without["notes"], wanted["notes"], atol=1e-2), "the noise has a say"
+    fit(module, [stream], 2)
+
+
+class NoClips(Source):
+    identity, what = "none", "no clips"
+
+    def __init__(self) -> None:
+        pass
+
+    def __len__(self) -> int:
+        return 0
+
+    def _fields(self, ordinal: int) -> dict[str, Any]:
+        raise IndexError
+
+
+class Named:
+    """A data module whose training documents name voices."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.parts = {"train": [SimpleNamespace(source=NoClips(), template=self)]}
+        self.names = set(names)
+
+    def voices(self, source: Any) -> set[str]:
+        return self.names
+
+
+@pytest.mark.parametrize("name", ["", "a" * 1000, "two\nlines"])
+def test_voices_that_cannot_be_saved_are_found_before_training(teacher: Path, name: str) -> None:
+    """And others are told by the student that comes out."""
+    module = distillation(teacher)
+    module._trainer = SimpleNamespace(datamodule=Named(["theo"]), world_size=1)  # type: ignore[assignment]
+    module.on_fit_start()
+    assert module.model.voices == ("theo",)
+    module._trainer.datamodule = Named([name])  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="the training data has voices that are no list"):
+        module.on_fit_start()
 
 
 def test_what_cannot_work_is_refused(teacher: Path, tmp_path: Path) -> None:
