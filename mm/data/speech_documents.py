@@ -83,7 +83,15 @@ class MegaSpeech(TextToSpeech):
         speaker_field: str = "speaker",
         audio_field: str = "audio",
     ) -> None:
-        super().__init__(drop, 0.0, source, text, speech, text_field, speaker_field, audio_field)
+        super().__init__(
+            drop=drop,
+            source=source,
+            text=text,
+            speech=speech,
+            text_field=text_field,
+            speaker_field=speaker_field,
+            audio_field=audio_field,
+        )
         self.timbre, self.prosody = timbre, prosody
         self._own: dict[str, int] = {}
 
