@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from mm.heads._draws import sample_logits
@@ -33,9 +33,13 @@ class DepthHead(Head):
         heads: attention heads.
         subset: share of the positions whose sub-codes after the first are learned, drawn anew for each batch (CSM: 1/16). Their
             loss is scaled up, so that its mean stays what it is over all. Evaluation takes all.
+        first: share of the first sub-code in a position's loss; the others have the rest in equal parts. CSM adds the loss of
+            the first and the mean of the others: 0.5 is half of that. None: all in equal parts, one of K each.
     """
 
-    def __init__(self, layers: int = 2, width: int = 0, heads: int = 4, subset: float = 1.0) -> None:
+    def __init__(
+        self, layers: int = 2, width: int = 0, heads: int = 4, subset: float = 1.0, first: float | None = None
+    ) -> None:
         super().__init__()
         if layers < 1 or width < 0 or heads < 1 or width % heads:
             raise ValueError(
@@ -44,7 +48,9 @@ class DepthHead(Head):
             )
         if not 0 < subset <= 1:
             raise ValueError(f"subset is a share of the positions, above 0 and up to 1; got {subset}")
-        self.layers, self.width, self.heads, self.subset = layers, width, heads, subset
+        if first is not None and not 0 < first < 1:
+            raise ValueError(f"first is a share of the loss between 0 and 1, or None; got {first}")
+        self.layers, self.width, self.heads, self.subset, self.first = layers, width, heads, subset, first
 
     def build(self, *, width: int, spec: Spec, controls: int = 0) -> None:
         if spec.kind != "codes" or controls:
@@ -98,7 +104,16 @@ class DepthHead(Head):
             rest = self._losses(hidden[some], target[some])[:, 1:] * (count / chosen)
             empty = rest.new_zeros(count, self.num_codes - 1)
             losses = torch.cat((self._losses(hidden, target[:, :1]), empty.index_copy(0, some, rest)), 1)
-        return losses.sum(-1) / (target >= 0).sum(-1).clamp(min=1)
+        share = self._shares(target >= 0)
+        return (share * losses).sum(-1) / share.sum(-1).clamp(min=1e-9)
+
+    def _shares(self, stands: Bool[Tensor, "n K"]) -> Float[Tensor, "n K"]:
+        """How much each sub-code counts, up to a factor; what doesn't stand there counts nothing."""
+        share = stands.float()
+        if self.first is None:
+            return share
+        rest = share[:, 1:]
+        return torch.cat((self.first * share[:, :1], (1 - self.first) * rest / rest.sum(-1, True).clamp(min=1)), 1)
 
     @torch.no_grad()
     def sample(

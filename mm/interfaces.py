@@ -83,13 +83,11 @@ class Encoded:
     """The item ended before the extent it announced: it has the first N elements of its grid only (a list)."""
 
     def __post_init__(self) -> None:
-        count = 1
-        for extent in self.grid:
-            count *= extent
-        if self.ended and len(self.grid) == 1:
-            count = min(count, len(self))
         if sum(x is not None for x in (self.ids, self.codes, self.latents)) != 1:
             raise ValueError("Encoded needs exactly one of ids, codes, latents")
+        count = math.prod(self.grid)
+        if self.ended and len(self.grid) == 1:
+            count = min(count, len(self))
         if len(self.content) != count:
             raise ValueError(f"Encoded holds {len(self.content)} elements, but its grid {self.grid} has {count}")
         for name, rows in self.alongside.items():
@@ -218,9 +216,9 @@ class Sampling:
     """0 = off."""
     top_p: float = 1.0
     steps: int = 0
-    """Refinement steps of orders that have them (masked, blocks); 0 = the order's default."""
+    """Refinement steps of orders that have them (masked; blocks, where `denoising_steps` is 0); 0 = the order's default."""
     denoising_steps: int = 0
-    """Evaluations of a diffusion head for each vector; 0 = the head's default."""
+    """Evaluations of a diffusion head for each vector, or of the blocks order for each block; 0 = the default of either."""
     guidance: float = 1.0
     """Classifier-free guidance s in u + s·(c − u); 1 = off (the second branch is not run)."""
     context_guidance: float | None = None

@@ -282,6 +282,10 @@ def test_more_steps_come_closer_and_are_a_choice() -> None:
         steps: Engine(one).generate([replace(request, sampling=Sampling(denoising_steps=steps))])[0][0].content.latents
         for steps in (2, 64, 128)
     }
+    by_steps = replace(request, sampling=Sampling(steps=64))  # what other orders call theirs
+    assert torch.equal(Engine(one).generate([by_steps])[0][0].content.latents, made[64])
+    both = replace(request, sampling=Sampling(steps=2, denoising_steps=64))
+    assert torch.equal(Engine(one).generate([both])[0][0].content.latents, made[64])
     assert (made[64] - made[128]).norm() < (made[2] - made[128]).norm()
 
 
@@ -412,20 +416,26 @@ def test_filling_in_is_cached_and_keeps_what_is_given(guidance: float) -> None:
         assert bool((far > 1e-4).all()), "each unknown element depends on what is given, behind it too"
 
 
-def test_filling_in_sees_what_training_sees() -> None:
-    """Step by step from the cache, the velocities are those of the training layout with the same noisy block in it."""
+@pytest.mark.parametrize("learned", [[2, 3, 4], [4, 5]], ids=str)
+def test_filling_in_sees_what_training_sees(learned: list[int]) -> None:
+    """Step by step from the cache, the velocities are those of the training layout with the same noisy block in it; also where
+    what is given would fill the first blocks, which training by spans alone never shows one by one."""
     one = model(2, shift=False, infill=1.0)
-    given = torch.tensor([True, True, False, False, False, True])
+    given = torch.tensor([number not in learned for number in range(6)])
     request = Request(
         prompt=[text("ab")], items=[("image", (1, 6))], text=False, known=(picture(1, 6).content, given), seed=2
     )
     with Watched() as watched:
         ((made,),) = Engine(one).generate([request])
-    assert len(watched.asked) == 2 * STEPS
-    rng, learned = torch.Generator().manual_seed(0), [2, 3, 4]
+    assert len(watched.asked) == -(-len(learned) // 2) * STEPS
+    rng = torch.Generator().manual_seed(0)
     while True:  # until the span that training draws is this one
         stream = one.build_document([text("ab"), Segment("image", made.content)], rng)
         index = stream.latents["image"].index
         if torch.equal(stream.position[index[6:]], stream.position[index[learned]]):
             break
     watched.compare(one, stream, 6, learned)
+    for number in (0, 6):  # nothing is given, or all
+        known = (picture(1, 6).content, torch.arange(6) < number)
+        ((made,),) = Engine(one).generate([replace(request, known=known)])
+        assert int((made.content.latents == known[0]).all(1).sum()) == number

@@ -174,6 +174,23 @@ def test_frames_and_not_steps_span_the_text() -> None:
     assert steps[:, 0].tolist() == [1, 3, 5, 7, 9, 11]  # the text begins at 1 and has 6 letters: 2 a frame
 
 
+def test_steps_without_sub_codes_teach_nothing() -> None:
+    """Delays count from the least of them, and gaps between them are not learned."""
+    assert torch.equal(Delay(delays=[2, 3]).pattern(2).when(3), Delay(delays=[0, 1]).pattern(2).when(3))
+    of = model(Delay(delays=[7, 7, 3, 3]))
+    item = frames(2)
+    stream = document(of, *PROMPT, Segment("image", item))
+    report = of.loss(stream)
+    assert int((stream.modality == 1).sum()) == 6 and report.count["image"] == 4, "steps 2 and 3 are empty"
+    assert report.raw["image"] > 0.1
+    assert (of.modalities[1].order.arguments()["delays"]) == [7, 7, 3, 3]
+    seen = watch(of)
+    ((made,),) = Engine(of).generate([Request(prompt=PROMPT, items=[("image", (2,))], text=False)])
+    wanted = predictors(of, document(of, *PROMPT, made), "image")
+    assert len(wanted) == 4
+    close([hidden[draw.rows] for hidden, draw, _ in seen["image"]], wanted)
+
+
 def test_refusals() -> None:
     for wrong, message in [
         (lambda: Delay("sideways"), "pattern must be one of delay, parallel, flatten, coarse_first"),  # type: ignore[arg-type]

@@ -136,11 +136,27 @@ def test_a_subset_has_the_mean_of_all() -> None:
     assert bool((gradient != 0).any())
 
 
+def test_the_first_sub_code_may_count_more() -> None:
+    """With a half, twice the loss is CSM's: the first, and the mean of the others that stand there."""
+    hidden = torch.randn(3, 12)
+    target = torch.tensor([[0, 1, 2, 0], [2, -1, 1, -1], [-1, -1, 0, 2]])
+    each = -head()._losses(hidden, target).detach()
+    for share in (0.5, 0.8):
+        made = head(first=share).loss(hidden, target)
+        assert made[0].item() == pytest.approx(float(-share * each[0, 0] - (1 - share) * each[0, 1:].mean()), rel=1e-5)
+        assert made[1].item() == pytest.approx(float(-share * each[1, 0] - (1 - share) * each[1, 2]), rel=1e-5)
+        assert made[2].item() == pytest.approx(float(-each[2, 2:].mean()), rel=1e-5)
+    alone = head(Spec(kind="codes", vocab_size=3, num_codes=1), first=0.3)
+    code = torch.tensor([[1], [-1]])
+    assert torch.allclose(alone.loss(hidden[:2], code), alone._losses(hidden[:2], code)[:, 0])
+
+
 def test_sizes_that_do_not_fit() -> None:
     for wrong, message in [
         (lambda: DepthHead(layers=0), "layers and heads >= 1"),
         (lambda: DepthHead(width=10, heads=4), "a width that divides"),
         (lambda: DepthHead(subset=0.0), "above 0 and up to 1; got 0"),
+        (lambda: DepthHead(first=1.0), "between 0 and 1, or None; got 1.0"),
         (lambda: DepthHead().build(width=10, spec=SPEC), "width 10 doesn't divide into 4 heads"),
         (lambda: DepthHead().build(width=12, spec=Spec(kind="discrete", vocab_size=3)), "this tokenizer is discrete"),
     ]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -18,7 +19,7 @@ from mm.backbone import BackboneConfig
 from mm.commands.train import main
 from mm.data.cache import build_cache
 from mm.data.dialogues import RATE, Channel, Dialogues, from_onset, levelled, spoken_words
-from mm.data.example import Lazy
+from mm.data.example import BrokenExample, Lazy
 from mm.data.shards import ShardSource
 from mm.data.speech_corpus import wav_bytes
 from mm.evaluate.command import main as evaluate
@@ -99,6 +100,11 @@ def test_saved_duplexes_name_only_our_tokenizers(tmp_path: Path) -> None:
     file.write_text(json.dumps(saved | {"config": saved["config"] | {"bins": 9}}))
     with pytest.raises(ValueError, match="restore the files that were saved together"):
         SpeechDuplex.from_directory(tmp_path / "saved")
+    file.write_text(
+        json.dumps(saved | {"config": saved["config"] | {"codec": "mm.tokenizers.speech_duplex.SpeechDuplex"}})
+    )
+    with pytest.raises(ValueError, match="a duplex inside a duplex"):  # before the next one is opened
+        SpeechDuplex.from_directory(tmp_path / "saved")
     file.write_text(json.dumps(saved | {"config": {}}))
     with pytest.raises(ValueError, match="does not describe a speech duplex"):
         SpeechDuplex.from_directory(tmp_path / "saved")
@@ -145,6 +151,11 @@ def test_an_interruption_ends_the_item(duplex: SpeechDuplex) -> None:
         duplex.encode(Dialogue(said, None, -0.1))
     with pytest.raises(ValueError, match="expected 4 sub-codes"):
         duplex.encode(Dialogue(Encoded(grid=(2,), codes=torch.zeros(2, 3, dtype=torch.long))))
+    for code in (-1, duplex.irq):
+        with pytest.raises(
+            ValueError, match=r"what is said has sub-codes -?\d+..\d+, but those of its codec are 0..\d+"
+        ):
+            duplex.encode(Dialogue(Encoded(grid=(2,), codes=torch.tensor([[0] * 4, [0, code, 0, 0]]))))
 
 
 def test_what_is_no_codec_is_refused() -> None:
@@ -152,6 +163,8 @@ def test_what_is_no_codec_is_refused() -> None:
         SpeechDuplex(TextBytes())
     with pytest.raises(ValueError, match="has 3 samples an element"):
         SpeechDuplex(Levels(num_codes=3, rate=99))
+    with pytest.raises(ValueError, match="SpeechDuplex has an id to stop at already"):
+        SpeechDuplex(SpeechDuplex.tiny())
     with pytest.raises(ValueError, match=r"history must be a whole number in 1\.\.128, got 0"):
         SpeechDuplex(Levels(), history=0)
 
@@ -276,7 +289,7 @@ def test_levels_and_onsets() -> None:
 
 def test_dialogue_documents(duplex: SpeechDuplex, tmp_path: Path) -> None:
     source = talks(tmp_path, ["one two three", "stop four five six"])
-    template = Dialogues(source, interruption=1.0, noise=0.0, drop=0.0)
+    template = Dialogues(source, interruption=1.0, noise=0.0, drop=0.0, frame_rate=31.25)
     example = source[1]
     made = [template(example, torch.Generator().manual_seed(n)) for n in (0, 0, 1)]
     assert [(s.modality, s.loss) for s in made[0]] == [("text", False), ("text", False), ("speech", True)]
@@ -293,6 +306,12 @@ def test_dialogue_documents(duplex: SpeechDuplex, tmp_path: Path) -> None:
     from_cache = template(cached, torch.Generator().manual_seed(0))[-1].content
     assert abs(from_cache.interrupted - one.interrupted) < 0.03
     assert torch.equal(duplex.encode(from_cache).codes[:9], encoded.codes[:9])  # type: ignore[index]
+    with pytest.raises(ValueError, match="audio comes encoded.*give frame_rate"):
+        Dialogues(source)(cached, torch.Generator())
+    copy = pickle.loads(pickle.dumps(template))  # what a worker that is started anew gets
+    assert np.array_equal(
+        copy(example, torch.Generator().manual_seed(0))[-1].content.listening.samples, one.listening.samples
+    )
     assert template.voices(source) == {"s0", "s1"}
     dropped = Dialogues(source, drop=1.0, interruption=0, speaker_field=None)(example, torch.Generator())
     assert [s.modality for s in dropped] == [NULL, "speech"] and dropped[-1].content.interrupted is None
@@ -318,6 +337,9 @@ def test_only_the_keyword_interrupts(tmp_path: Path) -> None:
     heard = said.listening.samples[start : start + 3200]
     wanted = source[1]["audio"].samples[8000:11200]
     assert np.corrcoef(heard, wanted)[0, 1] > 0.99
+    beyond = Channel(lambda n: source[n]["audio"], 2, interruption=1.0, interrupts=[(1, (7.0, 7.5))])
+    with pytest.raises(BrokenExample, match="clip 1 has no sample from 7 to 7.5 s"):
+        beyond(2.0, np.random.default_rng(0))
     with pytest.raises(ValueError, match="no clip says 'honey' by its field 'words'"):
         Dialogues(source, keyword="honey")
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from mm.attention import dense
 from mm.backbone import BackboneConfig
 from mm.heads.lm import LMHead
-from mm.interfaces import Encoded, Modality, Order
+from mm.interfaces import Encoded, Modality, Order, Spec
 from mm.layout import NULL, Segment
 from mm.model import MultimodalModel
 from mm.orders.masked import RATE, Masked
@@ -246,3 +246,11 @@ def test_prediction_gives_the_loss_of_each_document() -> None:
             assert {n: value["positions"] for n, value in row.items()} == report.count
             for name, value in row.items():
                 assert value["loss"] == pytest.approx(float(report.raw[name]), rel=1e-5)
+
+
+def test_what_a_tokenizer_says_of_itself_hashes_and_empty_items_are_refused() -> None:
+    spec = Spec(kind="discrete", vocab_size=4, alongside={"listening": 3})
+    assert hash(spec) == hash(Spec(kind="discrete", vocab_size=4)) and spec != Spec(kind="discrete", vocab_size=4)
+    for ended in (False, True):
+        with pytest.raises(ValueError, match="exactly one of ids, codes, latents"):
+            Encoded(grid=(3,), ended=ended)

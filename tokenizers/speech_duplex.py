@@ -48,6 +48,8 @@ class SpeechDuplex(ModalityTokenizer, nn.Module):
             raise ValueError(
                 f"{type(codec).__name__} is no codec of sound with sub-codes; give one such as mm.tokenizers.speech_codec"
             )
+        if spec.stop >= 0:
+            raise ValueError(f"{type(codec).__name__} has an id to stop at already; give the codec inside it")
         samples = spec.sample_rate / spec.frame_rate
         if samples % 2:
             raise ValueError(
@@ -94,6 +96,9 @@ class SpeechDuplex(ModalityTokenizer, nn.Module):
             raise ValueError(
                 f"what is said has shape {tuple(spoken.content.shape)}, expected {self.codec.spec.num_codes} sub-codes an element"
             )
+        low, high = (int(x) for x in codes.aminmax()) if len(codes) else (0, 0)
+        if low < 0 or high >= self.irq:
+            raise ValueError(f"what is said has sub-codes {low}..{high}, but those of its codec are 0..{self.irq - 1}")
         planned, ended = len(codes), False
         if dialogue.interrupted is not None:
             if not 0 <= dialogue.interrupted < math.inf:
@@ -155,6 +160,10 @@ class SpeechDuplex(ModalityTokenizer, nn.Module):
         config = found.get("config")
         if found.get("format") != FORM or not isinstance(config, dict) or set(config) != {"codec", "bins", "history"}:
             raise ValueError(f"{file} does not describe a speech duplex: expected format {FORM!r} and its settings")
+        if issubclass(
+            nested.find_class(config["codec"]), SpeechDuplex
+        ):  # told before it is opened: it could go on without end
+            raise ValueError(f"{file} has a duplex inside a duplex; expected a codec of sound")
         codec = nested.load(config["codec"], safe_io.inside(folder, INNER))
         made = cls(codec, config["bins"], config["history"]).eval()
         if made.spec.fingerprint != found.get("fingerprint"):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -114,6 +115,10 @@ class Channel:
         samples = self._samples(number)
         if span is not None:
             samples = samples[round(span[0] * RATE) : round(span[1] * RATE)]
+            if not len(samples):
+                raise BrokenExample(
+                    f"clip {number} has no sample from {span[0]:g} to {span[1]:g} s, where its word is said"
+                )
         return from_onset(samples)
 
     def _babble(self, size: int, rng: np.random.Generator) -> Samples:
@@ -186,7 +191,7 @@ class Dialogues(Template):
         keyword: only this word interrupts ("stop"), cut from the clips of `source`, which need `words`: [word, start, end] in
             seconds (the paper's command setting); None: any clip does (its voice setting).
         drop: probability that voice and text become the null condition.
-        frame_rate: elements a second, where the sound comes encoded from a cache.
+        frame_rate: the tokenizer's elements a second; needed where the sound comes encoded from a cache.
         text, speech: modalities.
         text_field, speaker_field, audio_field, words_field: fields of the examples; no speaker_field: no voice.
     """
@@ -200,7 +205,7 @@ class Dialogues(Template):
         hesitation: float = 0.0,
         keyword: str | None = None,
         drop: float = 0.1,
-        frame_rate: float = 31.25,
+        frame_rate: float | None = None,
         text: str = "text",
         speech: str = "speech",
         text_field: str = "text",
@@ -208,7 +213,7 @@ class Dialogues(Template):
         audio_field: str = "audio",
         words_field: str = "words",
     ) -> None:
-        if not frame_rate > 0:
+        if frame_rate is not None and not 0 < frame_rate < 1e6:
             raise ValueError(f"frame_rate is elements a second, more than 0, got {frame_rate}")
         if not 0 <= hesitation <= 10:
             raise ValueError(f"hesitation is 0 to 10 seconds, got {hesitation}")
@@ -218,7 +223,7 @@ class Dialogues(Template):
         self.text, self.speech = text, speech
         self.text_field, self.speaker_field, self.audio_field = text_field, speaker_field, audio_field
         self.channel = Channel(
-            lambda number: source[number][audio_field],
+            partial(_sound, source, audio_field),
             len(source),
             interruption=interruption,
             noise=noise,
@@ -230,7 +235,7 @@ class Dialogues(Template):
         dropped, seed = happens(self.drop, rng), int(torch.randint(1 << 31, (), generator=rng))
         late = float(torch.rand((), generator=rng))
         said = example[self.audio_field]
-        seconds = said.grid[0] / self.frame_rate if isinstance(said, Encoded) else said.seconds
+        seconds = self._seconds(said)
         heard = self.channel(seconds, np.random.default_rng(seed))
         until = None if heard.start is None else heard.start + self.reaction + late * self.hesitation
         spoken = Segment(self.speech, Dialogue(said, heard.audio, until), loss=True)
@@ -240,6 +245,16 @@ class Dialogues(Template):
         if self.speaker_field is None:
             return document
         return [voice_segment(str(example[self.speaker_field]), self.text), *document]
+
+    def _seconds(self, said: Audio | Encoded) -> float:
+        if not isinstance(said, Encoded):
+            return said.seconds
+        if self.frame_rate is None:
+            raise ValueError(
+                f"{self.audio_field} comes encoded, which doesn't tell how long it is; give frame_rate, the tokenizer's elements "
+                "a second"
+            )
+        return said.grid[0] / self.frame_rate
 
     def voices(self, source: Source) -> set[str]:
         """Names of the speakers in a source, which documents begin with."""
@@ -252,6 +267,11 @@ class Dialogues(Template):
             except BrokenExample:  # the loader, which meets it too, skips and counts it
                 continue
         return names
+
+
+def _sound(source: Source, field: str, number: int) -> Audio:
+    sound: Audio = source[number][field]
+    return sound
 
 
 def spoken_words(source: Source, keyword: str, field: str) -> list[tuple[int, tuple[float, float] | None]]:

@@ -32,7 +32,8 @@ class Blocks(Order):
         block: elements of a block; 0 = the whole item is one (Transfusion).
         shift: in training the blocks begin at a random place (ARDiT), so that every element stands everywhere in a block.
         process: from data to noise.
-        sampler: from noise to data, unless `Sampling.denoising_steps` asks for another number of steps.
+        sampler: from noise to data, unless `Sampling.denoising_steps`, or else `Sampling.steps`, asks for another number of
+            steps.
         infill: probability in training that only a span of the item is learned, and all around it is given. Where the span
             lies and how long it is is drawn evenly. Without it, given elements can be kept at the beginning only.
         along: as `Order.along`.
@@ -132,8 +133,8 @@ class Blocks(Order):
 
 
 class BlocksSession(Session):
-    """Block after block. Given elements are fed clean: as the first blocks, where they fill them and no others, or else all at
-    once, and the blocks are made of what is left."""
+    """Block after block. Given elements are fed clean: as the first blocks, where they fill them and no others and training
+    showed whole items too (`infill` below 1), or else all at once, and the blocks are made of what is left."""
 
     def __init__(
         self,
@@ -145,7 +146,7 @@ class BlocksSession(Session):
         dim: int,
     ) -> None:
         self.order, self.rng, self.dim = order, rng, dim
-        self.plan = order.sampler.plan(order.process, sampling.denoising_steps)
+        self.plan = order.sampler.plan(order.process, sampling.denoising_steps or sampling.steps)
         self.temperature = sampling.temperature
         self.count, self.place = math.prod(grid), coordinates(grid)
         self.block = order.blocks(self.count)
@@ -163,13 +164,14 @@ class BlocksSession(Session):
             )
         whole = [bool(given[self.block == number].all()) for number in range(self.total)]
         first = whole.index(False) if False in whole else self.total
-        if int(given.sum()) != int((self.block < first).sum()):
+        always = self.order.infill >= 1  # then training never showed blocks that came first one by one
+        if always or int(given.sum()) != int((self.block < first).sum()):
             if not self.order.infill:
                 raise ValueError(
                     "this blocks order was trained without infill, and can keep given elements only as whole blocks at the "
                     f"start: {first} of {self.total} blocks are, but {int(given.sum())} elements are given"
                 )
-            self.block, first = self.order.numbers(given), 1
+            self.block, first = self.order.numbers(given), int(given.any())
             self.total = int(self.block.max()) + 1
         self.values[given] = content[given].float()
         self.current, self.fresh = first, given.nonzero()[:, 0].tolist()

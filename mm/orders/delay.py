@@ -17,7 +17,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from mm.interfaces import DRAWN, Encoded, Layout, Order, Proposal, Sampling, Session, Spec
-from mm.patterns import Pattern, given_frames
+from mm.patterns import NONE, Pattern, given_frames
 
 
 class Delay(Order):
@@ -26,7 +26,8 @@ class Delay(Order):
     Args:
         pattern: `delay`; `parallel`, a frame a step (Moshi and CSM, with a `mm.heads.depth.DepthHead`); `flatten`, one group of
             sub-codes a step; `coarse_first`, sub-code 0 of all frames before the others.
-        delays: of `delay`: steps by which each sub-code is late; 0, 1, …, K − 1 where none are given (MusicGen).
+        delays: of `delay`: steps by which each sub-code is late; 0, 1, …, K − 1 where none are given (MusicGen). The least is
+            taken from all: nothing stands in steps before it.
         groups: of `flatten`: the group of each sub-code (0, 1, 1, 1: two steps a frame); each its own where none are given.
         along: as `Order.along`: the frames are spread over the text, steps of one frame between it and the next. Otherwise a
             step's rotary coordinate is its number.
@@ -50,6 +51,8 @@ class Delay(Order):
         self.given = delays if delays is not None else groups
         if self.given is not None:
             self.pattern(len(self.given))  # what is no pattern is refused now
+        if delays:
+            self.given = [delay - min(delays) for delay in delays]
 
     def pattern(self, num_codes: int) -> Pattern:
         """The pattern of items of `num_codes` sub-codes a frame."""
@@ -82,13 +85,15 @@ class Delay(Order):
         step = torch.arange(first, first + len(held))
         frame = pattern.frame(frames)[step]
         place = frame if self.along else step.float()
+        target = torch.arange(len(held)) + 1
+        target[:-1][(held[1:] == NONE).all(1)] = -1  # far apart, delays leave steps empty: nothing to learn
         return Layout(
             element=frame.long().clamp(max=max(frames - 1, 0)),  # the one whose turn it is
             order=step,
             position=place[:, None].expand(-1, 3),
             time=torch.zeros(len(held)),
             copy=torch.zeros_like(step),
-            target=torch.arange(len(held)) + 1,
+            target=target,
             enters=True,
             held=held,
         )
