@@ -59,13 +59,14 @@ def check_row(key: str, row: Tensor, spec: Spec, name: str) -> None:
 
 
 class Alongside:
-    """What comes alongside the elements of one item while it is generated. Each row is asked for once, in turn.
+    """What comes alongside the elements of one item while it is generated. Each row is asked for once, in turn. The item begins
+    with row `first`: those before it belong to the items before.
 
     Raises `ValueError` for names and widths that the modality doesn't have, and for fewer rows than elements.
     """
 
-    def __init__(self, given: Given, spec: Spec, name: str) -> None:
-        self.given, self.spec, self.name = dict(given), spec, name
+    def __init__(self, given: Given, spec: Spec, name: str, first: int = 0) -> None:
+        self.given, self.spec, self.name, self.first = dict(given), spec, name, first
         self.rows: dict[str, dict[int, Tensor]] = {key: {} for key in given}
         for key, rows in given.items():
             if isinstance(rows, Tensor):
@@ -75,11 +76,19 @@ class Alongside:
                     f"{name}: {key!r} alongside it is a {type(rows).__name__}; give a tensor or a function"
                 )
 
+    @property
+    def room(self) -> int | None:
+        """Elements that there are rows for; None: no bound is known."""
+        rows = [max(0, len(rows) - self.first) for rows in self.given.values() if isinstance(rows, Tensor)]
+        return min(rows, default=None)
+
     def check(self, count: int) -> None:
         """That there are rows for so many elements."""
         for key, rows in self.given.items():
-            if isinstance(rows, Tensor) and len(rows) < count:
-                raise ValueError(f"{self.name}: {key!r} has {len(rows)} rows for {count} elements; give one an element")
+            if isinstance(rows, Tensor) and len(rows) < self.first + count:
+                raise ValueError(
+                    f"{self.name}: {key!r} has {len(rows)} rows for {self.first + count} elements; give one an element"
+                )
 
     def at(self, elements: Sequence[int]) -> dict[str, Float[Tensor, "n F"]]:
         return {key: torch.stack([self._row(key, element) for element in elements]) for key in self.given}
@@ -92,7 +101,8 @@ class Alongside:
     def _row(self, key: str, element: int) -> Tensor:
         if element not in self.rows[key]:
             rows = self.given[key]
-            row = rows[element] if isinstance(rows, Tensor) else rows(element)
+            place = self.first + element
+            row = rows[place] if isinstance(rows, Tensor) else rows(place)
             if not isinstance(row, Tensor) or not bool(row.isfinite().all()):
                 raise ValueError(f"{self.name}: {key!r} of element {element} is no tensor of finite numbers")
             check_row(key, row, self.spec, self.name)

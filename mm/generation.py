@@ -41,7 +41,7 @@ class Request:
     given. Without a grid, None, the model chooses the
     extents, sampling as for text; of a list within a range, if that is given: [("speech", range(8, 65))]."""
     stretch: float = 1.0
-    """Extents of `items` that the model chose are multiplied by this and rounded."""
+    """Extents of `items` that the model chose are multiplied by this, a number above 0, and rounded."""
     text: bool = True
     """After `items`: go on with text until `eos` (which may open items by itself, if `free`)."""
     free: bool = False
@@ -56,7 +56,8 @@ class Request:
     """Given elements of the first item: (content, which are given)."""
     alongside: Mapping[str, Given] = field(default_factory=dict)
     """By modality, what comes from elsewhere while its items are generated: {"speech": {"listening": rows}}, or a function in
-    the place of the rows, which is asked for those of element 0, 1, … as their turn comes (live)."""
+    the place of the rows, which is asked for those of element 0, 1, … as their turn comes (live). A second item of the modality
+    goes on with the row behind the last of the first. Where the model chooses the extent, it chooses none without rows."""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from mm.fusion import Alongside
 from mm.grid import coordinates
 from mm.interfaces import Encoded, Layout, Modality, Proposal, Sampling, Session
 from mm.layout import NULL, Segment, Span, holdings
+from mm.request_checks import check_request
 from mm.tracks import Feed, Track
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 class Row:
     def __init__(self, model: MultimodalModel, number: int, request: Request) -> None:
+        check_request(model, request)
         self.model, self.number, self.request = model, number, request
         self.vocabulary, self.grammar = model.vocabulary, model.grammar
         self.generator = torch.Generator().manual_seed(request.seed)
@@ -46,16 +48,14 @@ class Row:
         self.stretch = 1.0
         self.alongside: Alongside | None = None
         """Of the open item."""
+        self.passed: dict[str, int] = {}
+        """By modality, elements of items that are complete: what comes alongside goes on behind them."""
         for name in request.alongside:
-            self._alongside(name)  # refused now, if it has to be
+            self._alongside(name).check(self._least(name))  # refused now, if it has to be
         self._prompt()
         forced = most = 0
         for item in self.forced:
-            if not isinstance(item, Segment):
-                self._check_item(*item)
             forced, most = forced + self._needed(item)[0], most + self._needed(item)[1]
-        if self.known is not None:
-            self._check_known(self.known[0])
         limit = self.main.length + most + (request.max_tokens if request.text else 0)
         if self.main.length + forced + bool(request.text) > model.context:
             raise ValueError(
@@ -91,7 +91,10 @@ class Row:
         if isinstance(grid, tuple):
             return math.prod(grid), math.prod(grid)
         most = math.prod(self.vocabulary[name].max_grid)
-        return (1, most) if grid is None else (grid[0], min(grid[-1], most))
+        if grid is None:
+            return 1, most
+        longest = min(grid[-1], most)
+        return grid[0], min(max(longest, math.ceil(longest * min(self.request.stretch, most))), most)
 
     def _span(self, name: str, grid: Grid) -> tuple[int, int]:
         """The fewest and the most positions that it may take."""
@@ -102,61 +105,22 @@ class Row:
         """As `_span`, of an item or of a text between items."""
         return (len(item.content),) * 2 if isinstance(item, Segment) else self._span(*item)
 
-    def _check_item(self, name: str, grid: Grid) -> None:
-        """Refuse what cannot be generated before anything runs."""
-        entry = self.vocabulary[name]
-        if entry is self.vocabulary.host:
-            raise ValueError(f"{name} is written as text, not opened as an item; leave it out of `items`")
-        if isinstance(grid, tuple):
-            self.vocabulary.opening(name, grid)
-            self._alongside(name).check(math.prod(grid))
-            return
-        if self.known is not None:
-            raise ValueError(f"`known` gives elements of {name}, whose extents the model is to choose; name its grid")
-        axes = len(entry.max_grid)
-        if not axes or (grid is not None and (axes > 1 or grid.step != 1 or not 0 < grid.start < grid.stop)):
-            raise ValueError(
-                f"the extents of {name} can't be left to the model with {grid}: only items with a stated extent have one to "
-                "choose, and a range, counted by ones from 1 or more, bounds a list's"
-            )
-
     def _modality(self, name: str) -> Modality:
         return self.model.modalities[self.vocabulary.index[name]]
 
     def _alongside(self, name: str) -> Alongside:
-        return Alongside(self.request.alongside.get(name, {}), self._modality(name).tokenizer.spec, name)
+        given = self.request.alongside.get(name, {})
+        return Alongside(given, self._modality(name).tokenizer.spec, name, self.passed.get(name, 0))
+
+    def _least(self, name: str) -> int:
+        """The fewest elements of this modality among the items that are still to be opened."""
+        opened = [item for item in self.forced if not isinstance(item, Segment)]
+        return sum(self._counts(*item)[0] for item in opened if item[0] == name)
 
     def _places(self, name: str, count: int) -> int:
         """Positions that an item's elements take."""
         modality = self._modality(name)
         return modality.order.places(count, modality.tokenizer.spec)
-
-    def _check_known(self, content: Tensor) -> None:
-        if not self.forced:
-            raise ValueError("`known` gives elements of the first of `items`, but `items` is empty; name item and grid")
-        first = next((item for item in self.forced if not isinstance(item, Segment)), None)
-        if first is None:
-            raise ValueError("`known` gives elements of an item, but `items` holds texts only; name item and grid")
-        entry = self.vocabulary[first[0]]
-        if entry.kind == "continuous":
-            dim = self.model.modalities[self.vocabulary.index[entry.name]].tokenizer.spec.dim
-            if content.ndim != 2 or content.shape[1] != dim or not bool(content.isfinite().all()):
-                raise ValueError(
-                    f"`known` has shape {tuple(content.shape)}; {entry.name} needs finite vectors of width {dim}"
-                )
-            return
-        size = entry.size
-        if entry.kind == "codes":
-            spec = self._modality(entry.name).tokenizer.spec
-            size = spec.vocab_size
-            if content.ndim != 2 or content.shape[1] != spec.num_codes or content.is_floating_point():
-                raise ValueError(
-                    f"`known` has shape {tuple(content.shape)} of {content.dtype}; {entry.name} needs {spec.num_codes} "
-                    "sub-codes an element, as whole numbers"
-                )
-        low, high = (int(x) for x in content.aminmax()) if len(content) else (0, 0)
-        if low < 0 or high >= size:
-            raise ValueError(f"`known` holds ids {low}..{high}; those of {entry.name} are 0..{size - 1}")
 
     def _prompt(self) -> None:
         given = [replace(segment, loss=False) for segment in self.request.prompt]  # clean, whatever the default
@@ -317,6 +281,7 @@ class Row:
         ended, rows = len(content) < math.prod(self.grid), self.alongside.of(len(content))
         encoded = Encoded(grid=self.grid, micro=micro, ended=ended, alongside=rows, **{kind: content})
         self.segments.append(Segment(modality.name, encoded))
+        self.passed[modality.name] = self.passed.get(modality.name, 0) + len(content)
         orders = self.orders
         if not self.fed:
             layout = modality.order.layout(encoded, context=True, rng=self.generator)
@@ -372,8 +337,8 @@ class Row:
         """The grammar's bias on the head's logits, or None where every id is allowed."""
         room = self.limit - self.main.length
         if self.state == "text":
-            openable = tuple(n for n in self._openable_names() if room > self.grammar.overhead(n) + self._places(n, 1))
-            return self.grammar.text(openable if self.request.free else (), room > 1).to(self.model.device)
+            openable = [n for n in self._openable_names() if self._fits(n, room)] if self.request.free else []
+            return self.grammar.text(tuple(openable), room > 1).to(self.model.device)
         if self.state == "extent":
             largest = self._largest_extent()
             lo, hi = (1, largest) if self.within is None else (self.within.start, min(self.within.stop - 1, largest))
@@ -385,10 +350,16 @@ class Row:
         name = self.entry.name
         room = self.limit - self.main.length - sum(self._needed(item)[0] for item in self.forced)
         inside = self._elements(name, room - self.grammar.overhead(name) + 1 + len(self.grid))
+        if (rows := self._alongside(name).room) is not None:
+            inside = min(inside, rows - self._least(name))
         return self.grammar.largest(name, self.grid, inside)
 
     def _openable_names(self) -> list[str]:
         return [entry.name for entry in self.vocabulary.entries[1:] if entry.max_grid]
+
+    def _fits(self, name: str, room: int) -> bool:
+        """Whether the smallest item of this modality has its place, and rows alongside it."""
+        return room > self.grammar.overhead(name) + self._places(name, 1) and self._alongside(name).room != 0
 
     def _elements(self, name: str, room: int) -> int:
         """The most elements that fit in `room` positions."""
@@ -424,9 +395,7 @@ class Row:
     def _accept_text(self, token: int) -> None:
         if token < self.vocabulary.host.size:
             self.text.append(token)
-            start = self.main.span.start if self.main.span and len(self.text) > 1 else self.main.cursor
-            self.main.span = Span(start, len(self.text))
-            self.main.controls([token])
+            self.main.host(token)
             done = len(self.text) / max(1, self.request.max_tokens)
             self.news = (self.vocabulary.host.name, partial(torch.tensor, self.text), done, len(self.text))
             if self.limit - self.main.length < 2:  # what is left is `eos`, which needs no asking

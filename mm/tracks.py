@@ -82,6 +82,14 @@ class Track:
             self.order += 1
             self.cursor += 1.0
 
+    def host(self, token: int) -> None:
+        """One more element of the text that stands here. Right behind a text that was given it goes on with that one."""
+        span = self.span
+        if span is None or span.ran or span.start + span.elements != self.cursor:
+            span = Span(self.cursor, 0)
+        self.span = span._replace(elements=span.elements + 1)
+        self.controls([token])
+
     def element(self, entry: Entry, number: int, token: Tensor, offset: int, coordinate: Sequence[float]) -> None:
         """One element of an open item; `order` and `cursor` stay at the item's beginning until `leave`."""
         c, rate = self.start, self.rate

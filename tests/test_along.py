@@ -125,8 +125,11 @@ def test_generation_sees_what_training_saw(along: bool, guidance: float) -> None
         torch.testing.assert_close(torch.stack([logits[branch] for logits in seen]), wanted, atol=1e-5, rtol=1e-5)
 
 
-def test_text_that_the_model_wrote_is_run_along_too(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("before", ["aaaa", ""])
+def test_text_that_the_model_wrote_is_run_along_too(before: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes on with the text that stands right before it, as in training, where both are one."""
     one = model()
+    prompt = [text(before)] if before else [Segment("marks", [1], loss=False)]
     head: Any = one.head("text")
     script = iter([*b"abc", one.vocabulary.begin("notes"), one.vocabulary.extent(4)])
 
@@ -143,9 +146,11 @@ def test_text_that_the_model_wrote_is_run_along_too(monkeypatch: pytest.MonkeyPa
         push(track, number, token, order, position)
 
     monkeypatch.setattr(Track, "_push", watched)
-    made = Engine(one).generate([Request(prompt=[text("q")], text=True, free=True, max_tokens=40)])[0]
+    made = Engine(one).generate([Request(prompt=prompt, text=True, free=True, max_tokens=40)])[0]
     assert [s.modality for s in made] == ["text", "notes"]
     assert len(made[1].content) == 4
-    assert fed == pytest.approx([2.0, 2.75, 3.5, 4.25])
-    stream = one.build_document([text("q"), *made], torch.Generator())
+    begin = 1.0 if before else 5.0  # after bos, and an item of one element with begin, size and end
+    assert fed == pytest.approx([begin + 0.25 * (3 + len(before)) * n for n in range(4)])
+    whole = [text(before + "abc")] if before else [*prompt, text("abc")]
+    stream = one.build_document([*whole, made[1]], torch.Generator())
     assert stream.position[stream.modality == 1, 0].tolist() == pytest.approx(fed)

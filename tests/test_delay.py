@@ -262,6 +262,27 @@ def test_given_frames_are_continued(name: str, prefix: int) -> None:
         close([hidden[draw.rows] for hidden, draw, _ in seen["image"]], wanted)
 
 
+@pytest.mark.parametrize("stretch", [1.0, 2.0, 0.5, 1e300, 10**400], ids=str)
+def test_stretched_extents_have_their_place(stretch: float) -> None:
+    """The room that an item may take is that of its stretched extent, up to the largest that there is."""
+    of, most = model(context=96), Levels().spec.max_grid[0]
+    request = Request(prompt=PROMPT, items=[("image", range(4, 5))], text=False, stretch=stretch)
+    ((item,),) = Engine(of).generate([request])
+    assert item.content.grid == (min(most, round(4 * stretch)),)
+
+
+def test_extents_that_cannot_be() -> None:
+    for items, stretch, message in (
+        ([("image", range(200, 300))], 1.0, "at least 200 elements, but has"),
+        ([("image", None)], float("nan"), "a finite number above 0; got nan"),
+        ([("image", None)], float("inf"), "a finite number above 0; got inf"),
+        ([("image", None)], 0.0, "a finite number above 0; got 0.0"),
+        ([("image", None)], -1.0, "a finite number above 0; got -1.0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Engine(model()).generate([Request(prompt=PROMPT, items=items, stretch=stretch)])
+
+
 def test_rows_in_different_modes() -> None:
     of = model(Delay(along=True))
     requests = [
@@ -318,6 +339,12 @@ def test_known_is_checked() -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             Engine(of).generate([Request(prompt=PROMPT, items=[("image", (4,))], known=(content, given_to))])
+    known = (frames(4).codes, given_to)
+    two = [("image", (4,)), ("image", None)]  # the model may choose the extents of others
+    ((first, _),) = Engine(of).generate([Request(prompt=PROMPT, items=two, known=known, text=False)])
+    assert torch.equal(first.content.codes[:2], known[0][:2])
+    with pytest.raises(ValueError, match="whose extents the model is to choose"):
+        Engine(of).generate([Request(prompt=PROMPT, items=two[::-1], known=known)])
     with pytest.raises(ValueError, match="only frames at the beginning can be given here: got 2, 0"):
         request = Request(prompt=PROMPT, items=[("image", (4,))], known=(frames(4).codes, torch.arange(4) > 1))
         Engine(of).generate([request])

@@ -290,6 +290,59 @@ def test_requests_are_checked(heard: dict[str, Any], message: str) -> None:
         Engine(never(model("early"))).generate([replace(request(5, None), alongside={"speech": heard})])
 
 
+def test_modalities_that_are_not_there_are_named() -> None:
+    of = model("early")
+    with pytest.raises(ValueError, match="no modality 'sound' in this model; it has text, speech"):
+        Engine(of).generate([replace(request(5, None), alongside={"sound": {"heard": rows(5)}})])
+    with pytest.raises(ValueError, match="no modality 'sound' in this model; it has text, speech"):
+        Engine(of).generate([Request(prompt=PROMPT, by_modality={"sound": Sampling()})])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_extent_is_chosen_without_rows(seed: int) -> None:
+    """Left to the model, extents are bounded by what there is to hear, and items that need more are refused before anything
+    runs."""
+    of = never(model("early"))
+    free = replace(request(1, rows(3)), items=[("speech", None), ("speech", range(1, 9))], seed=seed, stretch=3.0)
+    made = [segment.content for segment in Engine(of).generate([free])[0]]
+    assert len(made) == 2 and sum(len(item) for item in made) <= 3
+    with pytest.raises(ValueError, match="has 3 rows for 4 elements"):
+        Engine(of).generate([replace(free, items=[("speech", range(4, 9))])])
+    with pytest.raises(ValueError, match="has 3 rows for 4 elements"):
+        Engine(of).generate([replace(free, items=[("speech", (2,)), ("speech", range(2, 9))])])
+    opened = Engine(of).generate([replace(free, items=[], text=True, free=True, max_tokens=200)])[0]
+    assert sum(len(segment.content) for segment in opened if segment.modality == "speech") <= 3
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_a_second_item_hears_what_comes_after_the_first(live: bool) -> None:
+    of, heard, asked = never(model("middle")), rows(9), list[int]()
+
+    def listen(element: int) -> Tensor:
+        asked.append(element)
+        return heard[element]
+
+    two = replace(request(1, listen if live else heard), items=[("speech", (4,)), ("speech", (5,))], text=False)
+    seen = watch(of)["speech"]
+    (made,) = Engine(of).generate([two])
+    assert torch.equal(torch.cat([segment.content.alongside["heard"] for segment in made]), heard)
+    assert asked == (list(range(9)) if live else [])
+    document = of.build_document([*PROMPT, *made], torch.Generator()).validate()
+    close(torch.cat([hidden[draw.rows] for hidden, draw, _ in seen]), predictors(of, document, "speech"))
+
+
+def test_no_stop_is_given() -> None:
+    of, codes = never(model("early")), torch.zeros(5, 4, dtype=torch.long)
+    codes[2:] = STOP
+    for given, message in ((3, "element 2 of `known` is the one at which speech ends"), (2, None)):
+        asked = replace(request(5, rows(5)), known=(codes, torch.arange(5) < given))
+        if message is None:
+            assert torch.equal(Engine(of).generate([asked])[0][0].content.codes[:2], codes[:2])
+            continue
+        with pytest.raises(ValueError, match=message):
+            Engine(of).generate([asked])
+
+
 def test_documents_are_checked() -> None:
     of, codes = model("early"), torch.zeros(3, 4, dtype=torch.long)
     for rest, message in (
