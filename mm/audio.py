@@ -6,6 +6,7 @@ Letters in shapes: S samples, M mel bins, F frames.
 from __future__ import annotations
 
 import math
+import operator
 import os
 import struct
 import warnings
@@ -30,8 +31,12 @@ MAX_BYTES = 1 << 28
 """Largest file that is read in one piece (256 MiB)."""
 EXTENSIONS = frozenset(("wav", "flac", "mp3", "ogg", "oga", "opus"))
 """File name endings (lower case, no dot) that folders and shards take for sounds."""
+READ = EXTENSIONS | {"aac", "aif", "aiff", "au", "caf", "m4a", "mp4", "webm"}
+"""Those of all files that `load_audio` reads."""
 WRITTEN = (".wav", ".flac")
 """Endings that `save_audio` knows."""
+LARGEST = 32.0
+"""Samples are held within ±this before spectra are made of them: far beyond, these would be infinite."""
 FLOOR = 1e-5
 """Mel magnitudes below count as silence."""
 
@@ -47,16 +52,21 @@ class Audio:
 
     def __post_init__(self) -> None:
         try:
-            with np.errstate(over="ignore"):  # what overflows is refused below
-                samples = np.asarray(self.samples, dtype=np.float32)
+            given = np.asarray(self.samples)
         except (TypeError, ValueError) as error:
             raise ValueError(f"got a {type(self.samples).__name__} for samples; give an array of floats") from error
+        if given.dtype.kind != "f":  # whole numbers would be taken for a sound thousands of times too loud
+            raise ValueError(
+                f"got samples of {given.dtype}; give floats of full scale ±1, or load_audio((rate, array)), which scales "
+                "whole numbers"
+            )
+        with np.errstate(over="ignore"):  # what overflows is refused below
+            samples = given.astype(np.float32, copy=False)
         if samples.ndim != 1:
             raise ValueError(f"sound has samples of shape {list(samples.shape)}; give one axis (mono)")
         if not np.isfinite(samples).all():
             raise ValueError("sound has samples that are NaN or infinite; give finite numbers")
-        if isinstance(self.rate, bool) or not isinstance(self.rate, int) or not 1 <= self.rate <= MAX_RATE:
-            raise ValueError(f"the rate of a sound is 1 to {MAX_RATE:,} samples a second, got {self.rate!r:.60}")
+        object.__setattr__(self, "rate", _checked(self.rate, "the rate of a sound"))
         object.__setattr__(self, "samples", samples)
 
     @cached_property
@@ -88,12 +98,15 @@ def load_audio(
         ValueError: one sentence, for a sound that is missing, damaged, empty, too long or not finite.
     """
     name = source_name(source)
+    if rate is not None:
+        rate = _checked(rate)
     found: list[Samples] = []
     own, count = 0, 0
     for audio in _blocks(source, name, max_seconds, max_bytes):
         own, count = audio.rate, count + len(audio.samples)
-        if count > min(max_seconds * own, MAX_SAMPLES):
-            raise too_long(name, None, min(max_seconds, MAX_SAMPLES / own))
+        most = min(max_seconds, MAX_SAMPLES / max(own, rate or 1))
+        if count > most * own:
+            raise too_long(name, None, most)
         found.append(audio.samples)
     if not count:
         raise _empty(name)
@@ -153,9 +166,7 @@ def _from_array(rate: Any, array: Any) -> Audio:
         array = array.astype(np.float32) / -float(np.iinfo(array.dtype).min)
     elif array.dtype.kind != "f":
         raise ValueError(f"the array of a sound holds uint8, int16, int32 or floats, got {array.dtype}")
-    return Audio(
-        average(array if array.ndim == 2 else array[:, None]), int(rate) if isinstance(rate, np.integer) else rate
-    )
+    return Audio(average(array if array.ndim == 2 else array[:, None]), rate)
 
 
 def _at_rate(blocks: Iterator[Audio], rate: int | None) -> Iterator[Audio]:
@@ -165,7 +176,8 @@ def _at_rate(blocks: Iterator[Audio], rate: int | None) -> Iterator[Audio]:
             yield audio
             continue
         stream = stream or resampling.Resampler(audio.rate, _checked(rate))
-        yield Audio(stream.feed(audio.samples), rate)
+        for start in range(0, len(audio.samples), stream.piece):  # a second of few samples becomes one of many
+            yield Audio(stream.feed(audio.samples[start : start + stream.piece]), rate)
     if stream is not None and rate is not None:
         yield Audio(stream.finish(), rate)
 
@@ -202,10 +214,32 @@ def resample(audio: Audio, rate: int) -> Audio:
     return Audio(resampling.resample(audio.samples, audio.rate, _checked(rate)), rate)
 
 
-def _checked(rate: Any) -> int:
-    if isinstance(rate, bool) or not isinstance(rate, int) or not 1 <= rate <= MAX_RATE:
-        raise ValueError(f"a rate is 1 to {MAX_RATE:,} samples a second, got {rate!r:.60}")
-    return rate
+def _checked(rate: Any, what: str = "a rate") -> int:
+    try:
+        number = 0 if isinstance(rate, bool) else operator.index(rate)
+    except TypeError:
+        number = 0
+    if not 1 <= number <= MAX_RATE:
+        raise ValueError(f"{what} is 1 to {MAX_RATE:,} samples a second, got {rate!r:.60}")
+    return number
+
+
+def given_samples(raw: Any, rate: int) -> Samples:
+    """What a tokenizer of sound is given, [S] at its rate and within ±`LARGEST`. Raises `ValueError` for what is no sound, or
+    has no samples."""
+    if not isinstance(raw, Audio):
+        raise ValueError(
+            f"expected a sound (mm.audio.Audio), got {type(raw).__name__}: load files with mm.audio, and wrap samples as "
+            "Audio(samples, rate)"
+        )
+    if not len(raw.samples):
+        raise ValueError("the sound has no sample: give it one or more")
+    return held_samples(raw, rate)
+
+
+def held_samples(audio: Audio, rate: int) -> Samples:
+    """[S] at another rate, within ±`LARGEST` before."""
+    return resample(Audio(audio.samples.clip(-LARGEST, LARGEST), audio.rate), rate).samples
 
 
 def log_mel(

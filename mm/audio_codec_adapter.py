@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mm import safe_io, saved
-from mm.audio import Audio, resample
+from mm.audio import Audio, given_samples
 from mm.interfaces import Decoded, Encoded, ModalityTokenizer, Spec
 from mm.vq_adapter import CONFIG, SETTINGS, WEIGHTS, load_config
 
@@ -144,8 +144,8 @@ class AudioCodecAdapter(ModalityTokenizer, nn.Module):
 
     @torch.no_grad()
     def encode(self, raw: Audio) -> Encoded:
-        """Codes of a sound of any rate, at most 256 frames; the last frame may reach beyond its end. Of no samples at all: one
-        frame of silence."""
+        """Codes of a sound of any rate and of one sample or more, at most 256 frames; the last frame may reach beyond its
+        end."""
         x = self._samples(raw)
         frames = math.ceil(len(x) / self.facts.hop)
         codes = self.codes(x.to(self._like()).view(1, 1, -1))[: self.num_codes, :frames]
@@ -182,12 +182,12 @@ class AudioCodecAdapter(ModalityTokenizer, nn.Module):
 
     @classmethod
     def examples(cls) -> list[Audio]:
-        """Sounds for the tests: rates above and below the tiny networks' own, a click, silence, nothing."""
+        """Sounds for the tests: rates above and below the tiny networks' own, a click, silence."""
         time = torch.arange(900) / 16000
         noise = torch.randn(900, generator=torch.Generator().manual_seed(0)) / 4
         tone = torch.sin(2 * math.pi * 440 * time) / 2
         sounds = [(noise, 16000), (tone, 16000), (tone, 6000), (torch.ones(1), 8000), (torch.zeros(300), 8000)]
-        return [Audio(samples.numpy(), rate) for samples, rate in [*sounds, (torch.zeros(0), 8000)]]
+        return [Audio(samples.numpy(), rate) for samples, rate in sounds]
 
     # --- saving -------------------------------------------------------------------------------------------------------
 
@@ -221,19 +221,13 @@ class AudioCodecAdapter(ModalityTokenizer, nn.Module):
 
     def _samples(self, raw: Audio) -> Float[Tensor, " n"]:
         """At the network's rate, at least one and at most 256 frames."""
-        if not isinstance(raw, Audio):
-            raise ValueError(f"expected a sound (mm.audio.Audio), got {type(raw).__name__}: make one of it")
         rate, most = self.facts.sample_rate, MAX_FRAMES * self.facts.hop
-        count = math.ceil(len(raw.samples) * rate / raw.rate)
-        if count > most:
+        if isinstance(raw, Audio) and math.ceil(len(raw.samples) * rate / raw.rate) > most:
             raise ValueError(
                 f"a sound of {raw.seconds:.2f} s has more than the {MAX_FRAMES} frames ({most / rate:.2f} s) that an item "
                 "may have: cut it into parts"
             )
-        samples = torch.tensor(raw.samples)
-        if raw.rate != rate and len(samples):
-            samples = torch.tensor(resample(raw, rate).samples)[:most]
-        return samples if len(samples) else torch.zeros(1)
+        return torch.tensor(given_samples(raw, rate))[:most]
 
     def _repaired(self, item: Encoded) -> tuple[Int[Tensor, "T K"], list[str]]:
         """Codes that can be decoded, and what had to be repaired."""

@@ -14,7 +14,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from pathlib import Path
 from typing import IO, Any, cast
 
 import numpy as np
@@ -32,12 +31,15 @@ KNOWN = "WAV, FLAC, Ogg, MP3, AIFF, AU, CAF, M4A, WebM"
 
 def source_name(source: Any) -> str:
     """What to call a sound in a message."""
-    return f"the sound {os.fspath(source)!r}" if isinstance(source, str | os.PathLike) else "the sound"
+    return f"the sound {os.fspath(source)!r:.400}" if isinstance(source, str | os.PathLike) else "the sound"
 
 
 def too_long(name: str, seconds: float | None, limit: float) -> ValueError:
-    says = "is longer than" if seconds is None else f"is {seconds:,.1f} s long, which is more than"
-    return ValueError(f"{name} {says} the {limit:g} s that are decoded; cut it, raise max_seconds, or use read_chunks")
+    told = "" if seconds is None else f"{seconds:,.2f}"
+    says = f"is {told} s long, which is more than" if told and told != f"{limit:,.2f}" else "is longer than"
+    return ValueError(
+        f"{name} {says} the {limit:g} s that are decoded; cut it into parts, or in Python raise max_seconds or use read_chunks"
+    )
 
 
 def decode_blocks(source: FileSource, max_seconds: float, max_bytes: int) -> Iterator[tuple[int, Samples]]:
@@ -92,11 +94,11 @@ def average(block: np.ndarray[Any, Any]) -> Samples:
 @contextmanager
 def _opened(source: Any, name: str, max_bytes: int) -> Iterator[IO[bytes]]:
     if isinstance(source, str | os.PathLike):
-        path = Path(source)
-        if not path.is_file():  # opening a pipe would wait for its writer for ever
-            raise ValueError(f"{name} is {'not a file' if path.exists() else 'missing'}; give the path of a sound file")
+        if not os.path.isfile(source):  # opening a pipe would wait for its writer for ever
+            problem = "not a file" if os.path.exists(source) else "missing"  # of names that are too long too
+            raise ValueError(f"{name} is {problem}; give the path of a sound file")
         try:
-            opened = path.open("rb")
+            opened = open(source, "rb")  # noqa: SIM115 (closed below)
         except OSError as error:
             raise ValueError(f"{name} can't be read: {error.strerror or error}") from error
         with opened as file:

@@ -77,8 +77,8 @@ def _read(source: str | os.PathLike[str] | bytes | IO[bytes], max_bytes: int) ->
     elif isinstance(source, str | os.PathLike):
         path = Path(source)
         name = f"the picture {str(path)!r}"
-        if not path.is_file():
-            problem = "not a file" if path.exists() else "missing"
+        if not os.path.isfile(path):
+            problem = "not a file" if os.path.exists(path) else "missing"  # of names that are too long too
             raise ValueError(f"{name} is {problem}; give the path of a picture file")
         try:
             with path.open("rb") as file:

@@ -27,7 +27,7 @@ LONGEST = 1 << 24
 WIDEST = 1 << 13
 """Most weights for one sample where the ratio isn't small."""
 STEP = 1 << 17
-"""Input samples at a time, about."""
+"""Samples at a time, about, before or after: whichever are more."""
 FINE = 512
 """Places between two input samples that the table holds the filter for; linear between them it is exact to 2·10⁻⁶."""
 
@@ -56,6 +56,11 @@ class Resampler:
         """Of which input sample the first of `_waiting` after the reach is."""
         self._given, self._taken = 0, 0
 
+    @property
+    def piece(self) -> int:
+        """Input samples that become about `STEP`: feeding more at once makes the result as large as that."""
+        return max(1, STEP * self.down // max(self.up, self.down))
+
     def feed(self, samples: Samples) -> Samples:
         self._taken += len(samples)
         self._waiting = np.concatenate([self._waiting, samples])
@@ -69,7 +74,7 @@ class Resampler:
         return self._run()[:left]
 
     def _step(self) -> int:
-        return -(-STEP // self.down) * self.down if self._filter is not None else 0
+        return max(1, STEP // max(self.up, self.down)) * self.down if self._filter is not None else 0
 
     def _run(self) -> Samples:
         out = self._by_table() if self._filter is None else self._by_filter()

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mm import safe_io, saved
-from mm.audio import Audio, Samples, resample
+from mm.audio import Audio, Samples, given_samples
 from mm.interfaces import Decoded, Encoded, ModalityTokenizer
 from mm.saved import Fingerprinted
 from mm.speech import LogMel
@@ -27,8 +27,6 @@ from mm.trainable import Reconstruction
 
 RATE, HOP, N_FFT = 16_000, 256, 1024
 """Samples a second, between two frames of the spectrum, and under one."""
-LARGEST = 32.0
-"""Samples are held within ±this: beyond, their spectra would leave the range of the networks."""
 NOTHING = Audio(np.zeros(0, dtype=np.float32), RATE)
 
 
@@ -56,14 +54,7 @@ class SpeechReader(ModalityTokenizer, Fingerprinted):
     @torch.no_grad()
     def encode(self, raw: Audio) -> Encoded:
         """Tokens of a sound of any rate. Raises `ValueError` for what is no sound, empty, or too long."""
-        if not isinstance(raw, Audio):
-            raise ValueError(
-                f"expected a sound (mm.audio.Audio), got {type(raw).__name__}: wrap samples as Audio(samples, rate)"
-            )
-        if not len(raw.samples):
-            raise ValueError("the sound has no sample: give it one or more")
-        held = Audio(raw.samples.clip(-LARGEST, LARGEST), raw.rate)
-        samples = torch.tensor(resample(held, RATE).samples, device=self.mel.window.device)
+        samples = torch.tensor(given_samples(raw, RATE), device=self.mel.window.device)
         training = self.training
         self.eval()
         try:

@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mm import safe_io, saved
-from mm.audio import Audio, resample
+from mm.audio import Audio, given_samples
 from mm.interfaces import Decoded, Encoded
 from mm.speech import KERNEL, LogMel, SpeechDecoder, SpeechEncoder, in_pieces, reach
 from mm.trainable import TrainableTokenizer
@@ -30,8 +30,6 @@ MAX_ELEMENTS = 256
 """Elements that an item of a stream may have; `encode` and `decode` take longer ones."""
 PIECE = 512
 """Elements that go through the networks at once."""
-LARGEST = 32.0
-"""Samples are held within ±this: beyond, their spectra would leave the range of the networks."""
 
 
 class SpeechTokenizer(TrainableTokenizer):
@@ -209,14 +207,7 @@ class SpeechTokenizer(TrainableTokenizer):
 
     def _padded(self, raw: Any) -> Float[Tensor, " S"]:
         """At the tokenizer's rate, filled up with silence to a whole number of elements."""
-        if not isinstance(raw, Audio):
-            raise ValueError(
-                f"expected a sound (mm.audio.Audio), got {type(raw).__name__}: wrap samples as Audio(samples, rate)"
-            )
-        if not len(raw.samples):
-            raise ValueError("the sound has no sample: give it one or more")
-        samples = resample(Audio(raw.samples.clip(-LARGEST, LARGEST), raw.rate), self.rate).samples
-        x = torch.from_numpy(np.ascontiguousarray(samples))
+        x = torch.from_numpy(np.ascontiguousarray(given_samples(raw, self.rate)))
         return torch.nn.functional.pad(x, (0, -len(x) % self.samples_per_element))
 
     def _batches(self, lengths: Sequence[int]) -> list[list[int]]:

@@ -268,7 +268,8 @@ def test_tokenize_a_text(here: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_how_much_of_a_text_came_back() -> None:
-    from mm.commands.tokenize import COMPARED, edits, lost_text
+    from mm.commands.tokenize import COMPARED, lost_text
+    from mm.edits import edit_distance
 
     for one, two, count in (
         ("kitten", "sitting", 3),
@@ -277,7 +278,7 @@ def test_how_much_of_a_text_came_back() -> None:
         ("flaw", "lawn", 2),
         ("ä", "ä", 0),
     ):
-        assert edits(one, two) == count
+        assert edit_distance(one, two) == count
     assert lost_text("abcd", "abcd") == {"lossless": True, "characters_kept": 1.0, "characters_compared": 4}
     assert lost_text("abcd", "abd") == {"lossless": False, "characters_kept": 0.75, "characters_compared": 4}
     # texts of few letters: a matcher of blocks needs the cube of the length for them, and was not done after minutes

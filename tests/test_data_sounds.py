@@ -57,7 +57,7 @@ def test_shards_with_sounds(tmp_path: Path) -> None:
     assert source.raw_sound(3) is None
     with pytest.warns(UserWarning, match=r"skipped 1 of 4 .*c\.flac"):
         assert [example["key"] for example in source] == ["a", "b", "d"]
-    with pytest.raises(BrokenExample, match="is 0.0 s long, which is more than the 0.001 s"):
+    with pytest.raises(BrokenExample, match="is 0.01 s long, which is more than the 0.001 s"):
         ShardSource(tmp_path / "x.tar", max_seconds=0.001)[0]["audio"]
 
 
@@ -103,6 +103,13 @@ def test_folders_of_sounds_and_pictures(mixed: Path) -> None:
     before = source.identity
     (mixed / "a.wav").write_bytes(wav(0.9))
     assert FolderSource(mixed).identity != before
+
+
+def test_folders_say_which_sounds_they_leave_out(mixed: Path) -> None:
+    (mixed / "other.m4a").write_bytes(b"....ftyp")
+    (mixed / "film.mp4").write_bytes(b"....ftyp")
+    with pytest.warns(UserWarning, match="left out 1 sounds of other kinds, the first is 'other.m4a'; convert them to"):
+        FolderSource(mixed)
 
 
 def test_shards_of_a_folder_keep_the_files_of_sounds(mixed: Path, tmp_path: Path) -> None:

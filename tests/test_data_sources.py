@@ -387,6 +387,31 @@ def test_hf_subsets_and_keys(saved: Path) -> None:
         HFSource(saved / "plain", subset="train")
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("state.json", {"_data_files": 5}, "its _data_files are no list"),
+        ("state.json", {"_data_files": "x"}, "its _data_files are no list"),
+        ("state.json", [5], "needs an object"),
+        ("dataset_dict.json", {"splits": 5}, "its splits are no list of names"),
+        ("dataset_dict.json", {"splits": [[]]}, "its splits are no list of names"),
+    ],
+)
+def test_hf_settings_that_are_none(tmp_path: Path, file: str, content: object, message: str) -> None:
+    (tmp_path / file).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        HFSource(tmp_path, subset="train" if file == "dataset_dict.json" else None)
+
+
+@pytest.mark.parametrize("file", ["state.json", "dataset_dict.json", "dataset_info.json"])
+def test_hf_settings_are_read_within_bounds(tmp_path: Path, file: str) -> None:
+    (tmp_path / "state.json").write_text("{}")
+    with (tmp_path / file).open("wb") as out:
+        out.truncate((1 << 24) + 1)
+    with pytest.raises(ValueError, match="is larger than the 16,777,216 bytes"):
+        HFSource(tmp_path, subset="train" if file == "dataset_dict.json" else None)
+
+
 def test_hf_state_must_not_name_files_elsewhere(saved: Path, tmp_path: Path) -> None:
     import shutil
 

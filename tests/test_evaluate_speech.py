@@ -113,11 +113,32 @@ def test_distances_of_equal_and_of_noisy_sound() -> None:
     clear, worse = stoi(one, noisy), mel_distance(one, noisy)
     assert clear is not None and clear < 0.95 and worse > 0.1
     assert stoi(Audio(one.samples[:1600], 16000), one) is None
-    assert si_sdr(one, Audio(one.samples / 3, 16000)) > 60
+    exact = si_sdr(one, Audio(one.samples / 3, 16000))
+    assert exact is not None and exact > 60
     power = float((one.samples.astype(float) ** 2).mean())
     assert si_sdr(one, noisy) == pytest.approx(10 * math.log10(power / 0.25), abs=0.3)
-    with pytest.raises(ValueError, match="silent"):
-        si_sdr(Audio(np.zeros(100), 16000), one)
+    for flat in (np.zeros(100), np.full(100, 0.3), np.ones(1), np.zeros(0)):
+        assert si_sdr(Audio(flat, 16000), one) is None
+
+
+@pytest.mark.parametrize("seconds", [1 / 16000, 0.001, 0.01, 0.025, 0.1, 0.39])
+def test_short_sounds_have_no_intelligibility(seconds: float) -> None:
+    pytest.importorskip("pystoi", reason="needs pystoi")
+    short = Audio(np.sin(np.arange(max(1, round(seconds * 16000)))) + 0.5, 16000)
+    assert stoi(short, short) is None
+    click = np.zeros(16000)
+    click[8000] = 1
+    assert stoi(Audio(click, 16000), Audio(click, 16000)) is None  # what pystoi leaves of it is one frame
+
+
+def test_figures_that_are_asked_for_by_name(clips: Recordings) -> None:
+    from mm.evaluate.speech_subject import evaluate_speech
+    from mm.tokenizers.text_bytes import TextBytes
+
+    with pytest.raises(ValueError, match="there are no figures 'speking' of speech; tokenizer, speaking"):
+        evaluate_speech(TextBytes(), {}, protocol=Protocol(), only=["speking"])
+    with pytest.raises(ValueError, match="TextBytes is no tokenizer of sound"):
+        evaluate_speech(TextBytes(), {}, protocol=Protocol(), only=["listening"])
 
 
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -266,17 +266,20 @@ def test_every_frame_without_compression() -> None:
         tokenizer.encode(Audio(np.zeros(11 * RATE), RATE))
     with pytest.raises(ValueError, match=r"got 31.0 s of sound, expected up to 30 s: cut it into parts"):
         tokenizer.encode(Audio(np.zeros(31 * RATE), RATE))
-    with pytest.raises(ValueError, match="got str, expected mm.audio.Audio"):
+    with pytest.raises(ValueError, match=r"expected a sound \(mm.audio.Audio\), got str"):
         tokenizer.encode("abc")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("compress", ["ctc", "cif", "none"])
-def test_silence_and_nothing_are_vectors_too(compress: Any) -> None:
+def test_silence_and_noise_are_vectors_too(compress: Any) -> None:
     torch.manual_seed(0)
     tokenizer = SpeechCTC(compress=compress, mels=16, width=8, layers=1, heads=2, kernel=3).eval()
-    for samples in (np.zeros(0), np.zeros(1), np.zeros(RATE), np.full(300, 1e-9)):
+    loudest = 1e36 * np.sin(np.arange(4000.0))
+    for samples in (np.zeros(1), np.zeros(RATE), np.full(300, 1e-9), loudest, np.full(300, -3e38)):
         encoded = tokenizer.encode(Audio(samples, RATE))
         assert len(encoded) >= 1 and encoded.content.isfinite().all()
+    with pytest.raises(ValueError, match="the sound has no sample"):
+        tokenizer.encode(Audio(np.zeros(0), RATE))
 
 
 def test_it_only_reads() -> None:

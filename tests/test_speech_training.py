@@ -72,6 +72,29 @@ def test_a_sound_without_record_is_held_out(tmp_path: Path) -> None:
     assert read_sounds(SoundSource(path=str(path), hold_out={"index": [7]}), 16_000).held_out == [False, True]
 
 
+def test_held_out_values_are_compared_as_they_are_written(tmp_path: Path) -> None:
+    records = [{"index": "5"}, {"index": 5}, {"index": 6}, {"speaker": "a"}, {"index": None}]
+    extra = {f"x{n}.json": json.dumps(record).encode() for n, record in enumerate(records)}
+    extra |= {f"x{n}.wav": to_wav(Audio(voice(0.1), 16_000)) for n in range(len(records))}
+    path = str(shard(tmp_path / "a.tar", [], extra=extra))
+    for values in ([5], ["5"]):
+        found = read_sounds(SoundSource(path=path, hold_out={"index": values}), 16_000)  # type: ignore[dict-item]
+        assert found.held_out == [True, True, False, True, False]
+    assert not any(read_sounds(SoundSource(path=path), 16_000).held_out)
+    whole = str(shard(tmp_path / "b.tar", [0.1, 0.1]))
+    with pytest.raises(ValueError, match="holds nothing of what is held out, {'index': .9.}"):
+        read_sounds(SoundSource(path=whole, hold_out={"index": [9]}), 16_000)
+
+
+def test_every_kind_of_sound_is_read(tmp_path: Path) -> None:
+    import soundfile
+
+    file = io.BytesIO()
+    soundfile.write(file, voice(0.2), 16_000, format="MP3")
+    path = shard(tmp_path / "a.tar", [0.1], extra={"x.mp3": file.getvalue()})
+    assert len(read_sounds(SoundSource(path=str(path)), 16_000).samples) == 2
+
+
 def test_broken_sounds_are_skipped_or_refused(tmp_path: Path) -> None:
     path = shard(tmp_path / "a.tar", [0.1, 0.1], extra={"bad.wav": b"RIFF nothing", "other.txt": b"text"})
     with pytest.warns(UserWarning, match="skipped 1 broken members, the first is 'bad.wav'"):

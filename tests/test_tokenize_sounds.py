@@ -64,7 +64,8 @@ def test_tokenize_by_waveform(clip: Path, capsys: pytest.CaptureFixture[str]) ->
     save_audio("short.wav", Audio(load_audio(clip).samples[:1600], 8000))
     figures = tokenized(capsys, "short.wav", "--tokenizer", "audio_encodec:encodec")
     raw = load_audio("short.wav")
-    assert figures["si_sdr_db"] == round(si_sdr(raw, tokenizer.decode(tokenizer.encode(raw)).value), 2)
+    wanted = si_sdr(raw, tokenizer.decode(tokenizer.encode(raw)).value)
+    assert wanted is not None and figures["si_sdr_db"] == round(wanted, 2)
 
 
 def test_tokenize_counts_the_words_that_are_misheard(
@@ -103,6 +104,54 @@ def test_tokenize_refusals(clip: Path, capsys: pytest.CaptureFixture[str], monke
     monkeypatch.setitem(sys.modules, "pocketsphinx", None)
     assert main(["tokenize", "clip.flac", "--tokenizer", "x", "--transcript", "one"]) == 2
     assert "mm[speech]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("samples", [np.zeros(1), np.ones(1), sine(0.01, 8000), np.full(80, 0.3), np.zeros(1600)])
+def test_tokenize_short_and_flat_sounds(
+    samples: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mm.tokenizers.audio_encodec import AudioEncodec
+    from mm.tokenizers.speech_codec import SpeechCodec
+
+    monkeypatch.chdir(tmp_path)
+    save_audio("short.wav", Audio(samples, 8000))
+    for cls, name in ((SpeechCodec, "codec"), (AudioEncodec, "audio_encodec:net")):
+        cls.tiny().save(name.rpartition(":")[2])
+        figures = tokenized(capsys, "short.wav", "--tokenizer", name, "--out", "back.wav")
+        assert load_audio("back.wav").seconds == pytest.approx(figures["decoded_seconds"], abs=1e-4)
+        assert figures.get("stoi") is None
+
+
+def test_tokenize_goes_by_what_is_in_a_file(clip: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from PIL import Image
+
+    from mm.tokenizers.speech_codec import SpeechCodec
+
+    SpeechCodec.tiny().save("codec")
+    clip.rename("clip")
+    assert tokenized(capsys, "clip", "--tokenizer", "codec")["seconds"] == 0.5
+    Path("notes").write_text("é" * 300, encoding="utf-8")
+    assert tokenized(capsys, "notes", "--tokenizer", "text_bytes")["tokens"] == 600
+    Image.new("RGB", (4, 4)).save("picture", "png")
+    for file, kind, given in (("picture", "picture", "sounds"), ("notes", "text", "sounds")):
+        assert main(["tokenize", file, "--tokenizer", "codec"]) == 2
+        message = f"'codec' is a tokenizer of {given}, and {file!r} is a {kind}; give one of {kind}s"
+        assert message in capsys.readouterr().err
+    assert main(["tokenize", "clip", "--tokenizer", "text_bytes"]) == 2
+    assert "'text_bytes' is a tokenizer of texts, and 'clip' is a sound" in capsys.readouterr().err
+    assert main(["tokenize", "none", "--tokenizer", "text_bytes"]) == 2
+    assert "'none' is missing; give the path of a picture, a sound or a text" in capsys.readouterr().err
+
+
+def test_transcripts_are_words_that_the_recogniser_knows(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("pocketsphinx")
+    from mm.commands.tokenize import check_transcript
+
+    assert check_transcript("Three, five!", "sound") == ["three", "five"]
+    assert check_transcript("Turn on the light.", "sound") == ["turn", "on", "the", "light"]
+    for text, word in (("three fife", "three"), ("3 5", "3"), ("turn five", "five")):
+        with pytest.raises(ValueError, match=f"can't hear '{word}'; it knows either digits .zero, .*kitchen"):
+            check_transcript(text, "sound")
 
 
 # --- what pipelines return ------------------------------------------------------------------------------------------

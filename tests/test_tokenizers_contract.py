@@ -94,6 +94,18 @@ def same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
+def test_sounds_of_nothing_are_refused_and_loud_ones_are_held(name: str, tokenizer: ModalityTokenizer) -> None:
+    if not isinstance(raws(name)[0], Audio):
+        pytest.skip("takes no sound")
+    with pytest.raises(ValueError, match="the sound has no sample"):
+        tokenizer.encode(Audio(np.zeros(0), 16_000))
+    loud = Audio((3e38 * np.sin(np.arange(1000.0))).astype(np.float32), 8000)
+    made = tokenizer.encode(loud)
+    assert made.content.isfinite().all()
+    if tokenizer.decodes:
+        assert np.isfinite(tokenizer.decode(made).value.samples).all()
+
+
 def test_there_are_tokenizers_to_test() -> None:
     assert {"text_bytes", "text_hf", "image_vq", "image_vqmodel"} <= set(NAMES)
 

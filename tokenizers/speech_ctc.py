@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mm import safe_io, saved
-from mm.audio import Audio, Samples, resample
+from mm.audio import Audio, Samples, given_samples
 from mm.cif import fire
 from mm.ctc import LabelMeans, Spelling, compress, greedy, unspell
 from mm.interfaces import Decoded, Encoded, Spec
@@ -141,19 +141,14 @@ class SpeechCTC(TrainableSpeechEncoder):
     # ---- beyond it ---------------------------------------------------------------------------------------------------
 
     def features(self, audio: Any) -> Float[Tensor, "F M"]:
-        """Log-mel spectrum of a sound of any rate, on the encoder's device. Raises `ValueError` for what is no sound, or too
-        long."""
-        if not isinstance(audio, Audio):
-            raise ValueError(
-                f"got {type(audio).__name__}, expected mm.audio.Audio: load files with mm.audio, and wrap samples as "
-                "Audio(samples, rate)"
-            )
-        if audio.seconds > self.config["seconds"]:
+        """Log-mel spectrum of a sound of any rate, on the encoder's device. Raises `ValueError` for what is no sound, empty, or
+        too long."""
+        if isinstance(audio, Audio) and audio.seconds > self.config["seconds"]:
             raise ValueError(
                 f"got {audio.seconds:.1f} s of sound, expected up to {self.config['seconds']} s: cut it into parts"
             )
         weight = self.encoder.labels.weight
-        return self.encoder.features(torch.tensor(resample(audio, RATE).samples, device=weight.device)).to(weight.dtype)
+        return self.encoder.features(torch.tensor(given_samples(audio, RATE), device=weight.device)).to(weight.dtype)
 
     @torch.no_grad()
     def transcribe(self, audio: Audio) -> str:

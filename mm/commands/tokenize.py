@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,23 +19,10 @@ if TYPE_CHECKING:
     from mm.interfaces import Encoded, ModalityTokenizer, Spec
 
 TEXT = (".txt", ".md", ".csv", ".json", ".yaml", ".py")
-SOUND = (
-    ".wav",
-    ".flac",
-    ".mp3",
-    ".ogg",
-    ".oga",
-    ".opus",
-    ".m4a",
-    ".mp4",
-    ".aac",
-    ".webm",
-    ".aif",
-    ".aiff",
-    ".au",
-    ".caf",
-)
 Kind = Literal["text", "picture", "sound"]
+PLURAL: dict[str, str] = {"text": "texts", "picture": "pictures", "sound": "sounds"}
+UNKNOWN = (math.inf, -math.inf)
+"""Figures that JSON can't say, with NaN."""
 MAX_TEXT = 1 << 24
 COMPARED = 2_000
 """Characters of a text that came back changed that are compared."""
@@ -42,7 +31,7 @@ COMPARED = 2_000
 def main(argv: list[str]) -> int:
     """Returns the exit status; raises `ValueError` for a file or a tokenizer that can't be used."""
     command = parser("tokenize", "Encode and decode a file; report the rate and what is lost.")
-    command.add_argument("file", help="a picture, a sound or a text; the ending says which")
+    command.add_argument("file", help="a picture, a sound or a text; the ending says which, or else how it begins")
     command.add_argument(
         "--tokenizer",
         required=True,
@@ -59,12 +48,15 @@ def main(argv: list[str]) -> int:
     )
     command.add_argument("--json", action="store_true", help="the figures as JSON")
     args = command.parse_args(argv)
-    ending = Path(args.file).suffix.lower()
-    kind: Kind = "text" if ending in TEXT else "sound" if ending in SOUND else "picture"
-    if args.transcript is not None:
-        check_transcript(args.transcript, kind)
+    kind = kind_of_file(args.file)
+    words = [] if args.transcript is None else check_transcript(args.transcript, kind)
     out = place(args.out, kind) if args.out else None
     tokenizer = find(args.tokenizer, kind)
+    made_for = kind_of(tokenizer.spec)
+    if made_for not in (None, kind) and os.path.isfile(args.file):  # `read` says what is missing
+        raise ValueError(
+            f"{args.tokenizer!r} is a tokenizer of {PLURAL[made_for]}, and {args.file!r} is a {kind}; give one of {PLURAL[kind]}"
+        )
     if not tokenizer.decodes and (out or args.transcript is not None):
         raise ValueError(f"{args.tokenizer!r} makes prompts and can't decode them; leave out --out and --transcript")
     raw = read(args.file, kind)
@@ -87,15 +79,38 @@ def main(argv: list[str]) -> int:
     if kind == "sound":
         figures["frame_rate"] = round(tokenizer.spec.frame_rate, 4)
     if args.transcript is not None:
-        figures |= heard(raw, decoded.value, args.transcript)
+        figures |= heard(raw, decoded.value, words)
     if out:
         write(out, decoded.value)
         figures["wrote"] = str(out)
+    figures = {name: None if value in UNKNOWN or value != value else value for name, value in figures.items()}
     if args.json:
-        print(json.dumps(figures))
+        print(json.dumps(figures, allow_nan=False))
     else:
         print(table([(name.replace("_", " "), str(value)) for name, value in figures.items()]))
     return 0
+
+
+def kind_of_file(file: str) -> Kind:
+    """By its ending, or else by its first bytes. Raises `ValueError` for a missing file whose name doesn't tell."""
+    from mm.audio import READ
+    from mm.audio_files import file_kind
+    from mm.media import EXTENSIONS
+
+    ending = Path(file).suffix.lower()
+    if ending in TEXT:
+        return "text"
+    if ending[1:] in EXTENSIONS or ending[1:] in READ:
+        return "sound" if ending[1:] in READ else "picture"
+    if not os.path.isfile(file):
+        raise ValueError(f"{file!r:.400} is missing; give the path of a picture, a sound or a text")
+    with open(file, "rb") as opened:
+        start = opened.read(512)
+    if file_kind(start[:16]):
+        return "sound"
+    readable = start.decode("utf-8", "ignore")
+    cut = len(start) - len(readable.encode())  # of a character that the 512 bytes end in
+    return "text" if start and cut < 4 and not any(ord(letter) < 9 for letter in readable) else "picture"
 
 
 def find(name: str, kind: Kind) -> ModalityTokenizer:
@@ -121,7 +136,7 @@ def find(name: str, kind: Kind) -> ModalityTokenizer:
         tokenizers = hub.load_tokenizers(where, hub.read_config(where))
         fitting = [t for t in tokenizers.values() if kind_of(t.spec) == kind]
         if not fitting:
-            raise ValueError(f"{name!r} has no tokenizer for {kind if kind == 'text' else kind + 's'}")
+            raise ValueError(f"{name!r} has no tokenizer for {kind if kind == 'text' else PLURAL[kind]}")
         return fitting[0]
     if (path / "tokenizer.json").is_file():
         return plugins.load("tokenizers", "text_hf").from_directory(path)  # type: ignore[attr-defined]
@@ -221,29 +236,39 @@ def lost_sound(raw: Audio, decoded: Audio, waveform: bool) -> dict[str, Any]:
     if find_spec("pystoi"):
         intelligible = stoi(raw, decoded)
         figures["stoi"] = None if intelligible is None else round(intelligible, 4)
-    if waveform and raw.samples.any():
-        figures["si_sdr_db"] = round(si_sdr(raw, decoded), 2)
+    if waveform:
+        ratio = si_sdr(raw, decoded)
+        figures["si_sdr_db"] = None if ratio is None else round(ratio, 2)
     return figures
 
 
-def check_transcript(transcript: str, kind: Kind) -> None:
-    """Raises `ValueError` before the work: not a sound, no words, or no recogniser."""
+def check_transcript(transcript: str, kind: Kind) -> list[str]:
+    """Its words. Raises `ValueError` before the work: not a sound, no words, words that no grammar has, or no recogniser."""
     if kind != "sound":
         raise ValueError("--transcript is of what is said in a sound; leave it out for other files")
-    if not transcript.split():
+    words = re.findall(r"[^\W_]+", transcript.lower())
+    if not words:
         raise ValueError("--transcript is empty; give the words that are said")
+    from mm.data import speech_grammar
+    from mm.data.sources import DIGIT_NAMES
     from mm.data.speech_corpus import require_pocketsphinx
 
+    commands = speech_grammar.words("commands")
+    if not set(words) <= set(DIGIT_NAMES) and (unknown := [word for word in words if word not in commands]):
+        raise ValueError(
+            f"the recogniser can't hear {unknown[0]!r}; it knows either digits ({', '.join(DIGIT_NAMES)}) or commands of the "
+            f"words {', '.join(commands)}"
+        )
     require_pocketsphinx()
+    return words
 
 
-def heard(raw: Audio, decoded: Audio, transcript: str) -> dict[str, Any]:
+def heard(raw: Audio, decoded: Audio, words: list[str]) -> dict[str, Any]:
     """What a recogniser hears before and after, and the share of the transcript's words that it gets wrong. It listens
     for digits if there are only digits in the transcript, else for the made corpus's commands."""
     from mm.data.sources import DIGIT_NAMES
     from mm.evaluate.speech import recognise, word_error
 
-    words = transcript.lower().split()
     grammar = "digits" if set(words) <= set(DIGIT_NAMES) else "commands"
     before, after = recognise([raw, decoded], grammar=grammar)
     return {
@@ -275,23 +300,11 @@ def lost_picture(raw: Image.Image, decoded: Image.Image) -> dict[str, Any]:
 def lost_text(raw: str, decoded: str) -> dict[str, Any]:
     """Whether the text came back, and the share of its characters that did, in order: 1 - edits / length, where edits
     are the fewest characters to insert, delete or replace. Of a longer text only the first `COMPARED` are compared."""
+    from mm.edits import edit_distance
+
     if raw == decoded:
         return {"lossless": True, "characters_kept": 1.0, "characters_compared": len(raw)}
     start, came_back = raw[:COMPARED], decoded[:COMPARED]
     longer = max(1, len(start), len(came_back))
-    kept = 1 - edits(start, came_back) / longer
+    kept = 1 - edit_distance(start, came_back) / longer
     return {"lossless": False, "characters_kept": round(kept, 4), "characters_compared": len(start)}
-
-
-def edits(one: str, two: str) -> int:
-    """Levenshtein distance, row by row; always len(one)·len(two) steps, whatever the texts are."""
-    import numpy as np
-
-    columns = np.arange(len(two) + 1)
-    letters = np.array([ord(letter) for letter in two], dtype=np.int64)
-    row = columns.copy()
-    for number, letter in enumerate(one, 1):
-        above = np.minimum(row[1:] + 1, row[:-1] + (letters != ord(letter)))
-        # an insertion costs 1 more than the cell to the left: a running minimum of cost - column
-        row = np.minimum.accumulate(np.concatenate(([number], above)) - columns) + columns
-    return int(row[-1])

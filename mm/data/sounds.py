@@ -1,8 +1,8 @@
 """Small sets of sounds held in memory as one tensor: what a speech tokenizer trains on.
 
-Reads WebDataset shards: `.tar` with `.wav`, `.flac` or `.ogg` members and `.json` records of the same key. Files are taken to
-come from strangers, as in `mm.data.shards`. Every sound is decoded once, mixed to one channel and brought to one rate; batches
-are crops of the tensor, so an epoch costs no decoding at all.
+Reads WebDataset shards: `.tar` with members of sound (`mm.audio.EXTENSIONS`) and `.json` records of the same key. Files are
+taken to come from strangers, as in `mm.data.shards`. Every sound is decoded once, mixed to one channel and brought to one rate;
+batches are crops of the tensor, so an epoch costs no decoding at all.
 
 Letters in shapes: B batch, S samples of a crop, n samples of a sound.
 """
@@ -21,16 +21,16 @@ import torch
 from jaxtyping import Float, Int, Int16
 from torch import Tensor
 
-from mm.audio import load_audio
+from mm.audio import EXTENSIONS, load_audio
 from mm.data.example import BrokenExample
 from mm.data.shards import COMPRESSED, TAR_ERRORS, member_problem, parse_json, split_name, tar_members
 
-SUFFIXES = ("wav", "flac", "ogg")
+SUFFIXES = tuple(sorted(EXTENSIONS))
 MAX_MEMBER_BYTES = 64 << 20
 MAX_SECONDS = 600.0
 """Longest sound that is decoded."""
 MAX_SAMPLES_IN_MEMORY = 1 << 30
-"""Of all files together, two bytes each: 18 hours at 16 kHz."""
+"""Of one file, two bytes each: 18 hours at 16 kHz."""
 
 
 @dataclass(kw_only=True)
@@ -42,7 +42,8 @@ class SoundSource:
     share: float = 1.0
     """Weight of this file among the others when training draws crops; 0: it is only validated with."""
     hold_out: dict[str, list[int | str]] = field(default_factory=dict)
-    """Values of the JSON records whose sounds are never trained with: `{index: [5, 6]}`."""
+    """Values of the JSON records whose sounds are never trained with: `{index: [5, 6]}`. 5 and "5" are the same value, and a
+    record without the field counts as held out."""
 
     @property
     def name(self) -> str:
@@ -72,11 +73,12 @@ def read_sounds(source: SoundSource, rate: int, *, strict: bool = False) -> Soun
     `strict`. A sound whose record can't be read counts as held out.
 
     Raises:
-        ValueError: the file is missing, of another kind, holds no sound, or more than fits in memory.
+        ValueError: the file is missing, of another kind, holds no sound, more than fits in memory, or nothing of what it is
+            to hold out.
     """
     path = Path(source.path)
     if not path.is_file() or path.suffix != ".tar":
-        raise ValueError(f"no sound file '{path}': expected a .tar with .wav, .flac or .ogg members")
+        raise ValueError(f"no sound file '{path}': expected a .tar with members such as .wav or .flac")
     sounds: dict[str, Tensor] = {}
     records: dict[str, dict[str, Any]] = {}
     broken: list[str] = []
@@ -123,13 +125,20 @@ def read_sounds(source: SoundSource, rate: int, *, strict: bool = False) -> Soun
         raise ValueError(f"'{path}' holds no sound that can be read")
     if broken:
         warnings.warn(f"'{path}': skipped {len(broken)} broken members, the first is {broken[0]}", stacklevel=2)
-    return Sounds(list(sounds.values()), [_held_out(records.get(key), source.hold_out) for key in sounds])
+    held = [_held_out(records.get(key), source.hold_out) for key in sounds]
+    if source.hold_out and not any(held):
+        raise ValueError(
+            f"'{path}' holds nothing of what is held out, {source.hold_out}: is a name or a value misspelt?"
+        )
+    return Sounds(list(sounds.values()), held)
 
 
 def _held_out(record: dict[str, Any] | None, hold_out: dict[str, list[int | str]]) -> bool:
     if not hold_out:
         return False
-    return record is None or any(record.get(name) in values for name, values in hold_out.items())
+    if record is None or not record.keys() >= hold_out.keys():
+        return True  # nobody knows whether it is one of them
+    return any(str(record[name]) in map(str, values) for name, values in hold_out.items())
 
 
 def _decode(data: bytes, rate: int) -> Int16[Tensor, " n"]:

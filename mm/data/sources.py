@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mm.audio import EXTENSIONS, READ
 from mm.data.example import BrokenExample, Lazy, Source, digest
 from mm.data.shards import (
     MAX_MEMBER_BYTES,
@@ -26,10 +28,13 @@ from mm.data.shards import (
     parse_json,
     sample_bytes,
 )
+from mm.safe_io import read_bytes
 
 __all__ = ["DigitsSource", "FolderSource", "HFSource", "ShardSource"]
 
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+OTHER_SOUNDS = tuple(f".{name}" for name in sorted(READ - EXTENSIONS - {"mp4", "webm"}))
+"""Endings of sounds that folders don't take; the two that are left out here may be films."""
 MAX_DIGIT_SIZE = 512
 """Largest side of a picture of a digit: beyond, a mistyped size would fill the memory."""
 
@@ -52,6 +57,7 @@ class FolderSource(Source):
         self._sounds: dict[str, str] = {}
         """Example (by its file in `_names`) → its sound."""
         sounds: list[str] = []
+        others: list[str] = []
         for folder, folders, files in os.walk(self.path):
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             place = Path(folder).relative_to(self.path)
@@ -68,6 +74,14 @@ class FolderSource(Source):
                     stem, _, suffix = name.rpartition(".")
                     # Where a.txt and a.TXT both lie there, the one in lower case, which comes last, counts.
                     self._beside[f"{(place / stem).as_posix()}.{suffix.lower()}"] = (place / name).as_posix()
+                elif name.lower().endswith(OTHER_SOUNDS):
+                    others.append((place / name).as_posix())
+        if others:
+            warnings.warn(
+                f"folder {self.path.name!r}: left out {len(others)} sounds of other kinds, the first is {others[0]!r}; convert "
+                f"them to one of {', '.join(sorted(EXTENSIONS))}",
+                stacklevel=2,
+            )
         pictures = {_stem(name): name for name in sorted(self._names, reverse=True)}
         for name in sorted(sounds):
             example = pictures.get(_stem(name), name)
@@ -176,7 +190,9 @@ class HFSource(Source):
             raise ValueError("HFSource needs the package 'datasets'; install it with: pip install datasets") from error
         self.path = Path(path)
         if (self.path / "dataset_dict.json").is_file():
-            splits = parse_json((self.path / "dataset_dict.json").read_bytes(), "dataset_dict.json").get("splits", [])
+            splits = self._json("dataset_dict.json").get("splits", [])
+            if not isinstance(splits, list) or not all(isinstance(name, str) for name in splits):
+                raise ValueError(f"dataset_dict.json of {self.path.name!r} is damaged: its splits are no list of names")
             if subset not in splits or Path(str(subset)).name != subset:
                 raise ValueError(f"{self.path.name!r} holds the subsets {splits}; name one of them, got {subset!r}")
             self.path /= subset
@@ -203,11 +219,18 @@ class HFSource(Source):
         state = self.path / "state.json"
         if not state.is_file():
             raise ValueError(f"{str(self.path)!r} is not a data set saved with save_to_disk: it has no state.json")
-        named = parse_json(state.read_bytes(), "state.json").get("_data_files")
-        names = [entry.get("filename") if isinstance(entry, dict) else None for entry in named or []]
+        named = self._json("state.json").get("_data_files") or []
+        if not isinstance(named, list):
+            raise ValueError(f"state.json of {self.path.name!r} is damaged: its _data_files are no list")
+        if (self.path / "dataset_info.json").is_file():  # `load_from_disk` reads all of it
+            self._json("dataset_info.json")
+        names = [entry.get("filename") if isinstance(entry, dict) else None for entry in named]
         for name in names:
             if not isinstance(name, str) or Path(name).name != name or not (self.path / name).is_file():
                 raise ValueError(f"state.json of {self.path.name!r} names {name!r}, which is not a file beside it")
+
+    def _json(self, name: str) -> dict[str, Any]:
+        return parse_json(read_bytes(self.path / name, max_bytes=MAX_TEXT_BYTES), name)
 
     @property
     def identity(self) -> str:

@@ -16,7 +16,7 @@ from mm.evaluate.general import evaluate_generation
 from mm.evaluate.networks import Say
 from mm.evaluate.protocol import Protocol
 from mm.evaluate.results import Figure, Report
-from mm.evaluate.speech_subject import CLEAR, REAL, SpeechSubject, evaluate_speech
+from mm.evaluate.speech_subject import CLEAR, PARTS, REAL, SpeechSubject, evaluate_speech
 from mm.evaluate.subject import Outcome, Subject, fingerprint
 from mm.evaluate.tokenizer import evaluate_tokenizer
 from mm.interfaces import ModalityTokenizer
@@ -76,7 +76,8 @@ def evaluate(
         tested: Any = model
         if not isinstance(model, SpeechSubject | ModalityTokenizer):
             tested = SpeechSubject(model, name=name, sampling=sampling, batch=protocol.batch)
-        figures += evaluate_speech(tested, sources, protocol=protocol, judges=judges, only=only, say=say)
+        parts = [name for name in only if name in PARTS]
+        figures += evaluate_speech(tested, sources, protocol=protocol, judges=judges, only=parts, say=say)
         if isinstance(tested, SpeechSubject):
             held, name, sampled["sound"] = tested.model, tested.name, asdict(tested.sampling)
     if pictures:

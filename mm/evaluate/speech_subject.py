@@ -23,6 +23,8 @@ from mm.pipelines.text_to_speech import TextToSpeechPipeline
 
 CLEAR, REAL = "speech", "spoken"
 """Kinds of sources: the made corpus, and recordings of single digits."""
+PARTS = ("tokenizer", "speaking", "hearing", "listening")
+"""What is measured of a model."""
 
 
 class SpeechSubject:
@@ -84,7 +86,7 @@ def evaluate_speech(
     *,
     protocol: Protocol,
     judges: Path | None = None,
-    only: Sequence[str] = ("tokenizer", "speaking", "hearing", "listening"),
+    only: Sequence[str] = PARTS,
     say: Say = lambda line: None,
 ) -> list[Figure]:
     """Figures of a model with sound, or of a tokenizer by itself.
@@ -93,8 +95,15 @@ def evaluate_speech(
         sources: whole sources by kind, "speech" (the made corpus: fields `audio`, `text`, `speaker`, `kind`, `split`) and
             "spoken" (single digits: `audio`, `text`, `speaker`, `index`), or one of them.
         judges: folder where judges are kept.
-        only: of a tokenizer by itself the first one is measured, whatever this says.
+        only: which figures of a model; of a tokenizer by itself those of the first are measured, whatever this says.
+
+    Raises:
+        ValueError: an unknown name in `only`, or a tokenizer of something else.
     """
+    if unknown := [name for name in only if name not in PARTS]:
+        raise ValueError(f"there are no figures {unknown[0]!r} of speech; {', '.join(PARTS)} can be measured")
+    if isinstance(subject, ModalityTokenizer) and not subject.spec.sample_rate:
+        raise ValueError(f"{type(subject).__name__} is no tokenizer of sound; others are measured as part of a model")
     given = {}
     for kind in (CLEAR, REAL):
         if kind in sources:
@@ -114,14 +123,10 @@ def evaluate_speech(
             seed=protocol.seed,
             say=say,
         )
-    if set(only) <= {"listening"}:
+    if isinstance(subject, SpeechSubject) and set(only) <= {"listening"}:
         return figures
     spoken = prepare(given[CLEAR], given[REAL], judges, say, protocol.seed)
     if isinstance(subject, ModalityTokenizer):
-        if not subject.spec.sample_rate:
-            raise ValueError(
-                f"{type(subject).__name__} is no tokenizer of sound; others are measured as part of a model"
-            )
         return tokenizer_figures(subject, spoken, protocol.captioned, say)
     if "tokenizer" in only:
         figures += tokenizer_figures(subject.tokenizer, spoken, protocol.captioned, say)

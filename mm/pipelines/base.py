@@ -17,7 +17,7 @@ from PIL import Image
 from torch import nn
 
 from mm import hub
-from mm.audio import EXTENSIONS, Audio, SoundSource, load_audio
+from mm.audio import READ, Audio, SoundSource, load_audio
 from mm.generation import Engine, Event, Request
 from mm.interfaces import Encoded, ModalityTokenizer, Sampling
 from mm.layout import Segment
@@ -28,8 +28,12 @@ P = TypeVar("P", bound="Pipeline")
 Callback = Callable[[Event], None]
 Picture = str | os.PathLike[str] | bytes | IO[bytes] | Image.Image
 """A path, the bytes of a file, an open binary file, or a PIL picture."""
-SOUNDS = frozenset(f".{name}" for name in (*EXTENSIONS, "aac", "aif", "aiff", "au", "caf", "m4a", "webm"))
+SOUNDS = frozenset(f".{name}" for name in READ)
 """Endings of files that are taken for sounds, where a picture could stand too."""
+SPEAKERS = (
+    "models that speak or listen are those trained with mm fit -c configs/systems/ardit.yaml, musicgen.yaml or asr.yaml"
+)
+"""What to use instead of a model without sound."""
 SOUND_SECONDS = 600.0
 """Seconds of given sounds at which no more are loaded before these are encoded."""
 AT_ONCE = 1 << 24
@@ -121,7 +125,9 @@ class Pipeline:
         for modality in self.model.modalities[1:]:
             if modality.tokenizer.spec.sample_rate > 0:
                 return modality.name
-        raise ValueError(f"this model has no modality of sound; it has {', '.join(self.model.vocabulary.index)}")
+        raise ValueError(
+            f"this model has no modality of sound; it has {', '.join(self.model.vocabulary.index)}; {SPEAKERS}"
+        )
 
     def tokenizer(self, name: str) -> ModalityTokenizer:
         return self.model.modalities[self.model.vocabulary.index[name]].tokenizer

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from numbers import Real
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 from mm.audio import Audio, SoundSource, load_audio
 from mm.interfaces import ModalityTokenizer
 from mm.pipelines.base import longest
+from mm.pipelines.utterances import as_seconds, check_speed
 
 FADE = 0.01
 """Seconds in which the old sound passes over into the new one and back, inside the span."""
@@ -80,38 +80,39 @@ class Plan:
         return Audio(np.concatenate((old[: self.first], new, old[self.last :])), self.clip.rate)
 
 
-def plan(edit: Edit, duration: float | None, block: int, tokenizer: ModalityTokenizer) -> Plan:
+def plan(edit: Edit, duration: float | None, block: int, tokenizer: ModalityTokenizer, text: str = "") -> Plan:
     """What an edit asks for.
 
     Args:
         edit: a clip of another rate is resampled first; kept samples are those of the resampled clip.
         duration: seconds of what replaces the span; by default those of the span.
         block: elements after the span that are generated as a probe.
+        text: of the whole result; "": anything.
 
     Raises:
-        ValueError: a span that isn't one of the clip, or a result longer than one item.
+        ValueError: a span that isn't one of the clip, a result longer than one item, or too short for its text.
     """
     spec = tokenizer.spec
     clip = load_audio(edit.clip, rate=spec.sample_rate)
-    numbers = [("start", edit.start), ("end", edit.end), *([] if duration is None else [("duration", duration)])]
-    for name, value in numbers:
-        if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-            raise ValueError(f"the {name} of an edit is a number of seconds, got {value!r:.60}")
-    if not 0 <= edit.start < edit.end <= clip.seconds + 0.5 / clip.rate:
+    begins, ends = as_seconds(edit.start, "the start of an edit"), as_seconds(edit.end, "the end of an edit")
+    if not 0 <= begins < ends <= clip.seconds + 0.5 / clip.rate:
         raise ValueError(
-            f"the span from {edit.start:g} to {edit.end:g} s isn't one of a clip of {clip.seconds:g} s; give 0 ≤ start < end ≤ "
+            f"the span from {begins:g} to {ends:g} s isn't one of a clip of {clip.seconds:g} s; give 0 ≤ start < end ≤ "
             f"{clip.seconds:g}"
         )
-    first, last = round(edit.start * clip.rate), min(round(edit.end * clip.rate), len(clip.samples))
-    made = last - first if duration is None else round(duration * clip.rate)
+    first, last = round(begins * clip.rate), min(round(ends * clip.rate), len(clip.samples))
+    most = longest(tokenizer)
+    made = last - first
+    if duration is not None:  # no more than needs to be refused, so that numbers stay small
+        made = round(max(0.0, min(as_seconds(duration, "the duration of an edit"), most + 1)) * clip.rate)
     if first == last or made < 1:
         raise ValueError("the span of an edit, and what replaces it, have at least one sample; give a longer one")
-    most = longest(tokenizer)
     if max(len(clip.samples), len(clip.samples) + made - (last - first)) > most * clip.rate:
         raise ValueError(
             f"an edited clip is up to {most:.2f} s long before and after, got {clip.seconds:.2f} s and a span of "
             f"{made / clip.rate:.2f} s in place of {(last - first) / clip.rate:.2f} s; cut the clip around the span"
         )
+    check_speed((len(clip.samples) + made - (last - first)) / clip.rate, text)
     content = tokenizer.encode(clip).content
     samples = clip.rate / spec.frame_rate
     begin = min(math.floor(first / samples), len(content) - 1)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from mm.audio import Audio, SoundSource, read_chunks
+from mm.edits import edit_distance
 from mm.generation import Request
 from mm.interfaces import Encoded, Sampling
 from mm.layout import Segment
@@ -21,6 +22,8 @@ MOST_SECONDS = 8.0
 """Longest piece of a sound."""
 WINDOW = 0.02
 """Seconds of which the loudness is compared, to find a quiet place."""
+LEAST = 0.25
+"""Seconds that a piece has at least, about a short word; only a whole sound may be shorter."""
 SILENCE = 1e-4
 """Largest amplitude of what holds no speech (80 dB below full scale)."""
 CHARACTERS = 20.0
@@ -149,30 +152,22 @@ class SpeechToTextPipeline(Pipeline):
 
 
 def cut_quietly(chunks: Iterator[Audio], seconds: float) -> Iterator[Audio]:
-    """A sound that comes in chunks, in pieces of up to `seconds`. A piece ends in the quietest window of its second half."""
+    """A sound that comes in chunks, in pieces of up to `seconds`. A piece ends in the quietest window of its second half, and
+    leaves at least `LEAST` seconds for the next one."""
     waiting, rate = np.zeros(0, np.float32), 0
     for chunk in chunks:
         rate = chunk.rate
         waiting = np.concatenate((waiting, chunk.samples))
         most, window = max(1, int(seconds * rate)), max(1, round(WINDOW * rate))
         while len(waiting) > most:
-            half = most // 2
-            power = np.convolve(np.square(waiting[half:most], dtype=np.float64), np.ones(window), "valid")
-            cut = half + int(power.argmin()) + window // 2 if len(power) else most
+            half, end = most // 2, min(most, len(waiting) - min(round(LEAST * rate), most // 4))
+            within = np.square(waiting[half:end], dtype=np.float64)
+            power = np.convolve(within, np.ones(window), "valid") if len(within) >= window else within[:0]
+            cut = half + int(power.argmin()) + window // 2 if len(power) else end
             yield Audio(waiting[:cut], rate)
             waiting = waiting[cut:]
     if len(waiting):
         yield Audio(waiting, rate)
-
-
-def edit_distance(a: str, b: str) -> int:
-    """Letters to insert, delete or replace to make one of the other (Levenshtein)."""
-    row = list(range(len(b) + 1))
-    for number, letter in enumerate(a, 1):
-        diagonal, row[0] = row[0], number
-        for place, other in enumerate(b, 1):
-            diagonal, row[place] = row[place], min(row[place] + 1, row[place - 1] + 1, diagonal + (letter != other))
-    return row[-1]
 
 
 def _joined(items: Sequence[Encoded]) -> Encoded:

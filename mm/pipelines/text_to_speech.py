@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import NoneType
 from typing import Any, Unpack
 
@@ -136,7 +135,9 @@ class TextToSpeechPipeline(Pipeline):
                 f"this model reads {self.speech!r} and can't make it: its elements don't stand for times; use a model of speech"
             )
         count = len(texts)
-        voices = _spread("voice", voice, count, (str, os.PathLike, bytes, bytearray, memoryview, Audio, tuple, NoneType))
+        voices = _spread(
+            "voice", voice, count, (str, os.PathLike, bytes, bytearray, memoryview, Audio, tuple, NoneType)
+        )
         durations = _spread("duration", duration, count, (int, float, NoneType))
         clips: dict[int, list[Segment]] = {}
         for one in voices:

@@ -1,0 +1,93 @@
+"""Limits of sound: few samples a second cost no memory, and what isn't a float sound is refused."""
+
+from __future__ import annotations
+
+import tracemalloc
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mm import audio as audio_module
+from mm import resampling
+from mm.audio import Audio, load_audio, read_chunks, resample, to_wav
+
+
+def taken(work: Any) -> int:
+    """Bytes of numpy at the peak of the work."""
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(("rate", "new"), [(1, 16_000), (10, 16_000), (100, 44_100), (3, 100_000)])
+def test_few_samples_a_second_cost_no_memory(rate: int, new: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    largest = 0
+    run = resampling.Resampler._by_filter
+
+    def watched(self: resampling.Resampler) -> list[Any]:
+        nonlocal largest
+        out = run(self)
+        largest = max(largest, sum(map(len, out)))
+        return out
+
+    monkeypatch.setattr(resampling.Resampler, "_by_filter", watched)
+    file = to_wav(Audio(np.sin(np.arange(10.0)), rate))
+    sizes: list[int] = []
+    assert taken(lambda: sizes.append(len(load_audio(file, rate=new).samples))) < 1 << 28
+    assert sizes == [-(-10 * new // rate)]
+    assert largest < 1 << 25  # it was as many as a step of 131,072 samples makes
+
+
+def test_pieces_of_few_samples_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block of a file isn't resampled at once: at this rate it would be hours of sound."""
+    samples = np.sin(np.arange(2000.0))
+    most = 0
+    feed = resampling.Resampler.feed
+
+    def watched(self: resampling.Resampler, given: Any) -> Any:
+        nonlocal most
+        out = feed(self, given)
+        most = max(most, len(out))
+        return out
+
+    monkeypatch.setattr(resampling.Resampler, "feed", watched)
+    pieces = list(read_chunks(to_wav(Audio(samples, 10)), 20.0, rate=8000))
+    assert most <= 1 << 19 and len(pieces) == 10
+    whole = resample(Audio(samples, 10), 8000).samples
+    assert np.allclose(np.concatenate([piece.samples for piece in pieces]), whole, atol=1e-6)
+
+
+def test_the_limit_counts_resampled_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(audio_module, "MAX_SAMPLES", 10_000)
+    sound = to_wav(Audio(np.zeros(100), 100))
+    assert len(load_audio(sound, rate=10_000).samples) == 10_000
+    with pytest.raises(ValueError, match="is longer than the 0.625 s"):
+        load_audio(sound, rate=16_000)
+
+
+@pytest.mark.parametrize(
+    "samples",
+    [np.array([1, 2], np.int16), [0, 1], np.array([True]), np.array([1j]), ["0.5"], torch.zeros(2, dtype=torch.int16)],
+)
+def test_sounds_are_floats(samples: Any) -> None:
+    with pytest.raises(ValueError, match=r"got samples of .*; give floats of full scale ±1, or load_audio"):
+        Audio(samples, 8000)
+
+
+def test_rates_are_whole_numbers_of_any_kind() -> None:
+    assert type(Audio(np.zeros(2), np.int64(8000)).rate) is int  # type: ignore[arg-type]
+    assert resample(Audio([0.0, 0.5], 8000), np.int32(16_000)).rate == 16_000  # type: ignore[arg-type]
+    assert Audio([], 8000).samples.shape == (0,)  # type: ignore[arg-type]
+    for rate in (True, 8000.0, "8000", 0, None):
+        with pytest.raises(ValueError, match="the rate of a sound is 1 to 768,000"):
+            Audio(np.zeros(2), rate)  # type: ignore[arg-type]
+
+
+def test_whole_numbers_are_scaled_by_the_loader() -> None:
+    array = np.array([0, 16384, -32768], np.int16)
+    assert load_audio((8000, array)).samples.tolist() == [0, 0.5, -1]
