@@ -49,6 +49,51 @@ def test_plan_is_the_same_for_a_seed_and_says_nothing_twice() -> None:
     assert all(kind == "digits" for kind, _, _ in itertools.islice(plan(0, VOICES, commands=0.0), 50))
 
 
+def test_a_plan_ends_where_all_is_said() -> None:
+    said = list(itertools.islice(plan(0, ("slt",), commands=1.0), 2000))
+    assert len(said) == 2000
+    assert speech_grammar.texts(0.0) == 1_111_110 == speech_grammar.texts(0.3) - speech_grammar.texts(1.0)
+    assert 3000 < speech_grammar.texts(1.0) < 10_000
+    rest = plan(0, ("slt",), commands=1.0)
+    with pytest.raises(ValueError, match="1 voices have said nearly all that they can say"):
+        for _ in range(speech_grammar.texts(1.0) + 1):
+            next(rest)
+
+
+@speaks
+def test_hours_that_can_not_be_filled(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="2 voices can't fill 900 hours without saying a text twice"):
+        make_speech(tmp_path / "corpus", hours=900, voices=VOICES, commands=1.0)
+    assert not (tmp_path / "corpus").exists()
+
+
+def test_what_goes_wrong_in_flite_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "flite"
+    monkeypatch.setattr(speech_corpus, "_flite", lambda: str(program))
+
+    def does(script: str) -> None:
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o755)
+
+    does("echo 'bad voice' >&2; exit 3")
+    for work in (lambda: speech_corpus.speak("one", "slt"), lambda: speech_corpus.check_voices(["slt"])):
+        with pytest.raises(ValueError, match="^flite failed: bad voice$"):
+            work()
+    does("exit 0")
+    with pytest.raises(ValueError, match="flite wrote no sound"):
+        speech_corpus.speak("one", "slt")
+    does('echo no sound > "$6"')
+    with pytest.raises(ValueError, match="flite wrote no sound"):
+        speech_corpus.speak("one", "slt")
+    monkeypatch.setattr(speech_corpus, "PATIENCE", 0.1)
+    does("exec sleep 30")
+    with pytest.raises(ValueError, match="flite did not end within 0.1 s"):
+        speech_corpus.speak("one", "slt")
+    program.write_bytes(b"not a program")
+    with pytest.raises(ValueError, match="flite failed"):
+        speech_corpus.speak("one", "slt")
+
+
 def test_held_out_is_decided_by_the_text() -> None:
     short = [" ".join(pair) for pair in itertools.product(DIGIT_NAMES, DIGIT_NAMES)] + list(DIGIT_NAMES)
     assert not any(held_out("digits", text) for text in short)

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from mm.data.speech_grammar import Kind, held_out, plan
+from mm.data.speech_grammar import Kind, held_out, plan, texts
 from mm.safe_io import atomic_file, write_text
 
 RATE = 16_000
@@ -41,6 +41,8 @@ MARGIN = 0.10
 WORKERS = 2
 """Clips that are made at once. flite runs beside Python, so threads are enough."""
 CHUNK = 64
+PATIENCE = 60.0
+"""Seconds that one clip may take; flite needs hundredths of one."""
 MAX_HOURS = 1000.0
 Progress = Callable[[int, int], None]
 Words = list[tuple[str, float, float]]
@@ -116,6 +118,12 @@ def make_speech(
             f"a corpus needs hours above 0 (at most {MAX_HOURS:g}) and commands 0 to 1, got {hours} and {commands}"
         )
     check_voices(voices)
+    most = texts(commands) * len(voices) * LONGEST / 3600
+    if hours > most:
+        raise ValueError(
+            f"{len(voices)} voices can't fill {hours:g} hours without saying a text twice (less than {most:.1f}); ask for "
+            "fewer hours, more voices, or another share of commands"
+        )
     require_pocketsphinx()
     folder = Path(out)
     if folder.exists() and not folder.is_dir():
@@ -171,8 +179,8 @@ def speak(text: str, voice: str) -> np.ndarray[Any, np.dtype[np.int16]]:
     """flite's voice, int16 [n] at `RATE`. Raises `ValueError` for a voice that speaks at another rate."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "clip.wav"
-        subprocess.run([_flite(), "-voice", voice, "-t", text, "-o", str(path)], check=True, capture_output=True)
-        with wave.open(str(path)) as file:
+        run_flite("-voice", voice, "-t", text, "-o", str(path))
+        with _spoken(path) as file:
             if (file.getframerate(), file.getnchannels(), file.getsampwidth()) != (RATE, 1, 2):
                 raise ValueError(
                     f"voice {voice!r} speaks at {file.getframerate():,} Hz; give voices of {RATE:,} Hz: {', '.join(VOICES)}"
@@ -232,9 +240,29 @@ def _flite() -> str:
     return program
 
 
+def run_flite(*arguments: str) -> str:
+    """What flite prints. Raises `ValueError` where it is missing, fails, or takes longer than `PATIENCE`."""
+    try:
+        done = subprocess.run([_flite(), *arguments], check=True, capture_output=True, timeout=PATIENCE)
+    except subprocess.TimeoutExpired as error:
+        raise ValueError(f"flite did not end within {PATIENCE:g} s; is the machine out of memory?") from error
+    except (subprocess.CalledProcessError, OSError) as error:
+        said = getattr(error, "stderr", None) or str(error).encode()
+        lines = said.decode("utf-8", "replace").strip().splitlines() or ["it says nothing"]
+        raise ValueError(f"flite failed: {lines[-1][:200]}") from error
+    return done.stdout.decode("utf-8", "replace")
+
+
+def _spoken(path: Path) -> wave.Wave_read:
+    try:
+        return wave.open(str(path))
+    except (OSError, EOFError, wave.Error) as error:
+        raise ValueError(f"flite wrote no sound: {str(error) or 'the file is empty'}") from error
+
+
 def check_voices(voices: Sequence[str]) -> None:
     """Raises `ValueError` where flite or a voice is missing."""
-    listed = subprocess.run([_flite(), "-lv"], check=True, capture_output=True, text=True).stdout
+    listed = run_flite("-lv")
     known = listed.partition(":")[2].split()
     for voice in voices:
         if voice not in known:

@@ -6,6 +6,7 @@ The same tables make the sentences and the JSGF grammars that a recogniser is gi
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 import re
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ LENGTHS = {1: 0.02, 2: 0.08, 3: 0.25, 4: 0.30, 5: 0.20, 6: 0.15}
 """Digits in a string, and how often. Short ones are rare because there are few of them."""
 HELD_OUT: dict[Kind, float] = {"digits": 0.10, "commands": 0.05}
 """Share of texts that no voice says in the training shard."""
+FRUITLESS = 300_000
+"""Draws in a row that were there before, after which hardly anything can be left."""
 SHORTEST_HELD_OUT = 3
 """Digits. Of the shorter strings all are trained on, so that each digit is heard at every place."""
 SLOTS: dict[str, tuple[str, ...]] = {
@@ -71,16 +74,33 @@ TEMPLATES = (
 
 
 def plan(seed: int, voices: tuple[str, ...], commands: float = 0.3) -> Iterator[tuple[Kind, str, str]]:
-    """Endless (kind, text, voice), none twice, the same for a seed. Of the two kinds, `commands` is the share of one."""
+    """(kind, text, voice) without end, none twice, the same for a seed. Of the two kinds, `commands` is the share of one.
+
+    Raises `ValueError` where next to nothing is left that a voice hasn't said.
+    """
     rng = random.Random(seed)
     seen: set[tuple[str, str]] = set()
-    while True:
+    missed = 0
+    while missed < FRUITLESS:
         kind: Kind = "commands" if rng.random() < commands else "digits"
         text = command_sentence(rng) if kind == "commands" else digit_string(rng)
         voice = rng.choice(voices)
+        missed += 1
         if (text, voice) not in seen:
+            missed = 0
             seen.add((text, voice))
             yield kind, text, voice
+    raise ValueError(
+        f"{len(voices)} voices have said nearly all that they can say ({len(seen):,} clips); ask for fewer hours, more "
+        "voices, or another share of commands"
+    )
+
+
+def texts(commands: float) -> int:
+    """How many texts there are of the kinds that this share of commands leaves, equal ones from two templates counted twice."""
+    digits = sum(len(DIGIT_NAMES) ** length for length in LENGTHS)
+    sentences = sum(math.prod(len(SLOTS[slot]) for slot in re.findall(r"\{(\w+)\}", one)) for one in TEMPLATES)
+    return (digits if commands < 1 else 0) + (sentences if commands > 0 else 0)
 
 
 def digit_string(rng: random.Random) -> str:
