@@ -897,7 +897,17 @@ def test_the_command_listens(folder: Path, capsys: pytest.CaptureFixture[str]) -
         (["--to", "text", "--from", "none.wav"], "'none.wav' is missing"),
         (
             ["seven", "--to", "speech", "--voice", "ann", "--from", "clip.wav"],
-            "--voice and --duration go with a prompt",
+            "--voice, --duration and --stretch go with a prompt",
+        ),
+        (["seven", "--to", "speech", "--stretch", "2", "--from", "clip.wav"], "--voice, --duration and --stretch go"),
+        (["seven", "--to", "speech", "--stretch", "nan"], "--stretch multiplies durations by 0.1 to 10, got nan"),
+        (["seven", "--to", "speech", "--stretch", "2", "--duration", "1"], "leave it out beside --duration and --span"),
+        (["seven", "--to", "text", "--stretch", "1"], "--stretch goes with --to speech"),
+        (["seven", "--to", "speech", "--mask", "a.png"], "--mask goes with --to image and one picture"),
+        (["seven", "--to", "speech", "--max-tokens", "5"], "--max-tokens goes with --to text"),
+        (
+            ["seven", "--to", "speech", "--model", "mm-tiny"],
+            "'mm-tiny' makes text and image, not 'speech'; models that",
         ),
     ],
 )

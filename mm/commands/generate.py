@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import time
@@ -37,13 +38,18 @@ def arguments(argv: list[str]) -> Namespace:
     )
     add("--mask", metavar="FILE", help="white where the picture of --from is drawn anew, black where it is kept")
     add("--voice", metavar="NAME", help="of speech: a voice that the model knows, or a sound file that has it")
-    add("--duration", type=float, metavar="S", help="of speech: seconds; default: as long as the model finds right")
+    add(
+        "--duration",
+        type=float,
+        metavar="S",
+        help="of speech: seconds, to the nearest element of the model (about 0.02 s); with --span, exactly those of what "
+        "replaces it; default: as long as the model finds right, or as the span",
+    )
     add(
         "--stretch",
         type=float,
-        default=1.0,
         metavar="X",
-        help="of speech: multiplies the duration that the model chose",
+        help="of speech: multiplies the duration that the model chose by 0.1 to 10",
     )
     add(
         "--span",
@@ -64,7 +70,7 @@ def arguments(argv: list[str]) -> Namespace:
     add("--temperature", type=float, metavar="T", help="0 = always the likeliest; default: the checkpoint's")
     add("--top-p", type=float, metavar="P", help="smallest set of tokens that has this probability")
     add("--top-k", type=int, metavar="K", help="only the K likeliest tokens")
-    add("--max-tokens", type=int, default=128, metavar="N", help="longest text")
+    add("--max-tokens", type=int, metavar="N", help="of --to text: the longest one; default: 128")
     add("--device", default="cpu", help="cpu or cuda")
     add("--threads", type=int, metavar="N", help="CPU threads; default: 1 for small models, else torch's")
     return command.parse_args(argv)
@@ -75,6 +81,7 @@ def main(argv: list[str]) -> int:
     args = arguments(argv)
     start = time.perf_counter()
     from mm.pipelines.any_to_any import AnyToAnyPipeline
+    from mm.pipelines.base import SPEAKERS
     from mm.pipelines.outputs import PICTURES, SOUNDS, TEXTS, numbered
 
     if args.num < 1:
@@ -87,6 +94,7 @@ def main(argv: list[str]) -> int:
         endings = {"image": PICTURES, "speech": SOUNDS}.get(args.to, TEXTS)
         writable(numbered(args.out, 1, "out", endings)[0])
     check_given(args)
+    args.max_tokens = 128 if args.max_tokens is None else args.max_tokens
     pipeline = AnyToAnyPipeline.from_pretrained(args.model, args.device)
     choose_threads(pipeline.model, args.threads)
     loaded = time.perf_counter()
@@ -97,9 +105,10 @@ def main(argv: list[str]) -> int:
     if any(spec.sample_rate and spec.spatial for spec in specs):  # not where sounds are only read
         kinds.append("speech")
     if args.to not in kinds:
-        raise ValueError(f"{args.model!r} makes {' and '.join(kinds)}, not {args.to!r}")
-    if args.mask and (args.to != "image" or len(args.given) != 1):
-        raise ValueError("--mask goes with --to image and one picture in --from")
+        raise ValueError(
+            f"{args.model!r} makes {' and '.join(kinds)}, not {args.to!r}"
+            + (f"; {SPEAKERS}" if args.to == "speech" else "")
+        )
     with Bar("generating", args.to) as bar:
         done: dict[int, float] = {}
 
@@ -120,22 +129,40 @@ def main(argv: list[str]) -> int:
 
 
 def check_given(args: Namespace) -> None:
-    """Raises `ValueError` for an empty prompt where one is needed, for a prompt that `--from` took for a file, and for options of
-    speech where there is none."""
+    """Raises `ValueError` for an empty prompt where one is needed, for a prompt that `--from` took for a file, and for options
+    that would have no effect."""
     from mm.pipelines.base import SOUNDS
     from mm.pipelines.outputs import PICTURES
 
-    for name in ("voice", "duration", "span"):
+    for name in ("voice", "duration", "stretch", "span"):
         if getattr(args, name) is not None and args.to != "speech":
             raise ValueError(f"--{name} goes with --to speech")
+    if args.max_tokens is not None and args.to != "text":
+        raise ValueError("--max-tokens goes with --to text")
+    if args.mask and (args.to != "image" or len(args.given) != 1):
+        raise ValueError("--mask goes with --to image and one picture in --from")
+    if args.stretch is not None and not 0.1 <= args.stretch <= 10:
+        raise ValueError(f"--stretch multiplies durations by 0.1 to 10, got {args.stretch:g}")
+    if args.stretch is not None and (args.duration is not None or args.span):
+        raise ValueError(
+            "--stretch multiplies the duration that the model chose; leave it out beside --duration and --span"
+        )
     if args.to == "speech" and not args.prompt.strip() and (args.span or not args.given):
         raise ValueError("the prompt is empty; say what is to be spoken")
     if args.span and len(args.given) != 1:
         raise ValueError("--span goes with one sound in --from")
+    if (
+        args.given
+        and not args.span
+        and any(getattr(args, name) is not None for name in ("voice", "duration", "stretch"))
+    ):
+        raise ValueError(
+            "--voice, --duration and --stretch go with a prompt alone; leave --from out, or edit its clip with --span"
+        )
     if args.to == "image" and not args.prompt.strip() and not (args.given and not args.mask):
         raise ValueError("the prompt is empty; say what the picture shows")
     for name in args.given if not args.prompt else ():
-        if Path(name).suffix.lower() not in {*PICTURES, *SOUNDS} and not Path(name).exists():
+        if Path(name).suffix.lower() not in {*PICTURES, *SOUNDS} and not os.path.exists(name):
             raise ValueError(
                 f"the file {name!r} is missing; --from takes all that follows it, so a prompt goes before it: "
                 f"mm generate {name!r} --from FILE"
@@ -184,10 +211,6 @@ def _speech(pipeline: Pipeline, args: Namespace, progress: Any) -> Any:
     from mm.pipelines.text_to_speech import Edit, TextToSpeechPipeline
 
     if args.given and not args.span:
-        if args.voice is not None or args.duration is not None:
-            raise ValueError(
-                "--voice and --duration go with a prompt alone; leave --from out, or edit its clip with --span"
-            )
         assert isinstance(pipeline, AnyToAnyPipeline)
         document = [*([args.prompt] if args.prompt else []), *map(Path, args.given)]
         out = pipeline(
@@ -208,7 +231,7 @@ def _speech(pipeline: Pipeline, args: Namespace, progress: Any) -> Any:
         args.prompt,
         voice=args.voice,
         duration=args.duration,
-        stretch=args.stretch,
+        stretch=1.0 if args.stretch is None else args.stretch,
         edit=Edit(args.given[0], *args.span) if args.span else None,
         num_audios=args.num,
         seed=args.seed,
