@@ -1,6 +1,8 @@
-"""Rotary coordinates of the elements of a grid."""
+"""The elements of a grid: their rotary coordinates, and which of them are given."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from jaxtyping import Float
@@ -19,3 +21,20 @@ def coordinates(grid: tuple[int, ...]) -> Float[Tensor, "N 3"]:
         raise ValueError(f"a grid has one, two or three axes, got {grid}")
     axes = [torch.arange(extent, dtype=torch.float32) for extent in (1, *grid)[-3:]]
     return torch.stack([x.flatten() for x in torch.meshgrid(*axes, indexing="ij")], dim=-1)
+
+
+def given_prefix(known: tuple[Tensor, Tensor], grid: tuple[int, ...]) -> Tensor:
+    """The given elements of (content, which are given), for orders that keep the first ones only. Raises `ValueError` where
+    others are given, or where they are of another grid."""
+    (content, given), count = known, math.prod(grid)
+    if len(given) != count or len(content) != count:
+        raise ValueError(
+            f"given elements cover {len(content)} and {len(given)} places, but the grid {grid} has {count}"
+        )
+    prefix = int(given.long().cumprod(0).sum())
+    if prefix != int(given.sum()):
+        raise ValueError(
+            f"this order can keep given elements only at the start: got {int(given.sum())}, {prefix} of them at the start; the "
+            "masked order fills in between"
+        )
+    return content[:prefix]

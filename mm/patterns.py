@@ -129,16 +129,3 @@ class Pattern:
                 f"this pattern is of {self.num_codes} sub-codes, got codes of shape {tuple(codes.shape)}; give it (frames, "
                 f"{self.num_codes})"
             )
-
-
-def given_frames(known: tuple[Tensor, Tensor], frames: int) -> Int[Tensor, "n K"]:
-    """The given frames, which must come first."""
-    content, given = known
-    if len(given) != frames or len(content) != frames:
-        raise ValueError(f"given elements cover {len(content)} and {len(given)} frames, but the item has {frames}")
-    prefix = int(given.long().cumprod(0).sum())
-    if prefix != int(given.sum()):
-        raise ValueError(
-            f"only frames at the beginning can be given here: got {int(given.sum())}, {prefix} of them at the beginning"
-        )
-    return content[:prefix].long()

@@ -141,10 +141,12 @@ class Row:
             if self.proposal is not None:
                 return
             self._close()
-        while self.forced and isinstance(self.forced[0], Segment):
-            self._give(self.forced.pop(0))
-        if self.forced:
-            name, grid = self.forced.pop(0)
+        item = self.forced.pop(0) if self.forced else None
+        while isinstance(item, Segment):
+            self._give(item)
+            item = self.forced.pop(0) if self.forced else None
+        if item is not None:
+            name, grid = item
             self._open(name)
             if isinstance(grid, tuple):
                 self.grid = grid

@@ -335,7 +335,7 @@ def test_known_is_checked() -> None:
         (torch.zeros(4, 3, dtype=torch.int64), r"shape \(4, 3\) of torch.int64; image needs 4 sub-codes"),
         (torch.zeros(4, 4), "as whole numbers"),
         (torch.full((4, 4), 8), "holds ids 8..8; those of image are 0..7"),
-        (torch.zeros(3, 4, dtype=torch.int64), "cover 3 and 4 frames, but the item has 4"),
+        (torch.zeros(3, 4, dtype=torch.int64), "cover 3 and 4 places, but the grid .4,. has 4"),
     ]:
         with pytest.raises(ValueError, match=message):
             Engine(of).generate([Request(prompt=PROMPT, items=[("image", (4,))], known=(content, given_to))])
@@ -345,7 +345,7 @@ def test_known_is_checked() -> None:
     assert torch.equal(first.content.codes[:2], known[0][:2])
     with pytest.raises(ValueError, match="whose extents the model is to choose"):
         Engine(of).generate([Request(prompt=PROMPT, items=two[::-1], known=known)])
-    with pytest.raises(ValueError, match="only frames at the beginning can be given here: got 2, 0"):
+    with pytest.raises(ValueError, match="given elements only at the start: got 2, 0"):
         request = Request(prompt=PROMPT, items=[("image", (4,))], known=(frames(4).codes, torch.arange(4) > 1))
         Engine(of).generate([request])
 

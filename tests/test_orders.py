@@ -57,7 +57,7 @@ def test_raster_keeps_a_given_beginning() -> None:
     content, given_to = torch.tensor([5, 6, 0, 0]), torch.tensor([True, True, False, False])
     session = Raster().session((2, 2), Sampling(), RNG(), (content, given_to))
     assert session.content().tolist() == [5, 6] and session.propose().done == 0.5
-    with pytest.raises(ValueError, match="got 2 given elements, 1 of them at the start; use the masked order"):
+    with pytest.raises(ValueError, match="got 2, 1 of them at the start; the masked order fills in between"):
         Raster().session((2, 2), Sampling(), RNG(), (content, torch.tensor([True, False, True, False])))
     for order in (Raster(), Masked()):
         for wrong in ((content, given_to[:3]), (content[:3], given_to), (content.repeat(2), given_to.repeat(2))):

@@ -201,6 +201,6 @@ def test_refusals() -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             wrong()
-    with pytest.raises(ValueError, match="only frames at the beginning"):
+    with pytest.raises(ValueError, match="given elements only at the start"):
         request = Request(prompt=PROMPT, items=[("image", (4,))], known=(frames(4).codes, torch.arange(4) > 1))
         Engine(model()).generate([request])

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from mm.audio import Audio, resample
-from mm.data.documents import Template, check_probability, happens, null_segment, voice_segment
+from mm.data.documents import Template, check_probability, happens, null_segment, speakers, voice_segment
 from mm.data.example import BrokenExample, Source
 from mm.interfaces import Encoded
 from mm.layout import Segment
@@ -258,15 +258,7 @@ class Dialogues(Template):
 
     def voices(self, source: Source) -> set[str]:
         """Names of the speakers in a source, which documents begin with."""
-        if self.speaker_field is None:
-            return set()
-        names = set()
-        for index in range(len(source)):
-            try:
-                names.add(str(source[index][self.speaker_field]))
-            except BrokenExample:  # the loader, which meets it too, skips and counts it
-                continue
-        return names
+        return set() if self.speaker_field is None else speakers(source, self.speaker_field)
 
 
 def _sound(source: Source, field: str, number: int) -> Audio:

@@ -202,15 +202,18 @@ class TextToSpeech(Template):
 
     def voices(self, source: Source) -> set[str]:
         """Names of the speakers in a source, which documents begin with."""
-        if self.speaker_field is None:
-            return set()
-        names = set()
-        for index in range(len(source)):
-            try:
-                names.add(str(source[index][self.speaker_field]))
-            except BrokenExample:  # the loader, which meets it too, skips and counts it
-                continue
-        return names
+        return set() if self.speaker_field is None else speakers(source, self.speaker_field)
+
+
+def speakers(source: Source, field: str) -> set[str]:
+    """The names in one field of all examples. Examples without it are left out."""
+    names = set()
+    for index in range(len(source)):
+        try:
+            names.add(str(source[index][field]))
+        except BrokenExample:  # the loader, which meets it too, skips and counts it
+            continue
+    return names
 
 
 def voice_segment(name: str, text: str = "text") -> Segment:

@@ -16,8 +16,9 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from mm.grid import given_prefix
 from mm.interfaces import DRAWN, Encoded, Layout, Order, Proposal, Sampling, Session, Spec
-from mm.patterns import NONE, Pattern, given_frames
+from mm.patterns import NONE, Pattern
 
 
 class Delay(Order):
@@ -122,7 +123,7 @@ class DelaySession(Session):
         self.order, self.frames, self.pattern = order, frames, order.pattern(num_codes)
         codes = torch.full((frames, num_codes), DRAWN)
         if known is not None:
-            prefix = given_frames(known, frames)
+            prefix = given_prefix(known, (frames,)).long()
             codes[: len(prefix)] = prefix
         self.steps = self.pattern.build(codes)
         self.open = (self.steps == DRAWN).any(1).tolist()

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from mm.grid import coordinates
+from mm.grid import coordinates, given_prefix
 from mm.interfaces import Encoded, Layout, Order, Proposal, Sampling, Session
 
 
@@ -55,18 +55,8 @@ class RasterSession(Session):
         self.count = math.prod(grid)
         self.drawn: list[Tensor] = []
         if known is not None:
-            content, given = known
-            if len(given) != self.count or len(content) != self.count:
-                raise ValueError(
-                    f"given elements cover {len(content)} and {len(given)} places, but the grid {grid} has {self.count}"
-                )
-            prefix = int(given.long().cumprod(0).sum())
-            if prefix != int(given.sum()):
-                raise ValueError(
-                    f"raster order can keep given elements only at the start: got {int(given.sum())} given elements, "
-                    f"{prefix} of them at the start; use the masked order to fill in between"
-                )
-            self.drawn = [content[i : i + 1] for i in range(prefix)]
+            first = given_prefix(known, grid)
+            self.drawn = [first[i : i + 1] for i in range(len(first))]
 
     def propose(self) -> Proposal | None:
         if len(self.drawn) >= self.count:

@@ -17,9 +17,9 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from mm.grid import coordinates
+from mm.grid import coordinates, given_prefix
 from mm.interfaces import DRAWN, Encoded, Layout, Order, Proposal, Sampling, Session, Spec
-from mm.patterns import NONE, given_frames
+from mm.patterns import NONE
 
 STAGE = "stage"
 
@@ -134,7 +134,7 @@ class StagesSession(Session):
         self.order, self.frames, self.num_codes = order, frames, num_codes
         self.codes = torch.full((frames, num_codes), DRAWN)
         if known is not None:
-            prefix = given_frames(known, frames)
+            prefix = given_prefix(known, (frames,)).long()
             self.codes[: len(prefix)] = prefix
         self.made = int((self.codes[:, 0] != DRAWN).sum())
         self.told, self.stage = 0, 1 if self.made < frames or bool((self.codes == DRAWN).any()) else num_codes
