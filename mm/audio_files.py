@@ -1,8 +1,9 @@
 """Sound files from strangers, decoded block by block to mono float32.
 
 WAV, FLAC, Ogg and MP3 (and AIFF, AU, CAF) go through libsndfile (`soundfile`); MP4 and M4A, WebM and bare AAC through
-FFmpeg (`av`, of the extra `video`). A file's first bytes decide, not its name, and only the reader of that one kind is
-tried. No block takes more than `BLOCK` samples, so a header that lies about lengths costs no memory.
+FFmpeg (`av`, of the extra `video`). A file's first bytes decide, not its name, and only the reader of that one kind
+is tried. What FFmpeg decodes may end (bare AAC: begin) with up to 50 ms of an encoder's silence. No block takes more
+than `BLOCK` samples, so a header that lies about lengths costs no memory.
 
 Letters in shapes: S samples.
 """
@@ -35,8 +36,10 @@ def source_name(source: Any) -> str:
 
 
 def too_long(name: str, seconds: float | None, limit: float) -> ValueError:
-    told = "" if seconds is None else f"{seconds:,.2f}"
-    says = f"is {told} s long, which is more than" if told and told != f"{limit:,.2f}" else "is longer than"
+    says = "is longer than"
+    if seconds is not None:  # with as many digits as tell the two apart
+        digits = next((n for n in (1, 2, 3) if f"{seconds:.{n}f}" != f"{limit:.{n}f}"), 0)
+        says = f"is {seconds:,.{digits}f} s long, which is more than" if digits else says
     return ValueError(
         f"{name} {says} the {limit:g} s that are decoded; cut it into parts, or in Python raise max_seconds or use read_chunks"
     )

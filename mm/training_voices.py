@@ -9,7 +9,6 @@ Letters in shapes: B batch, S samples of a crop, D width of a vector.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -23,6 +22,7 @@ from torch.utils.data import DataLoader
 
 from mm.audio import Audio, resample
 from mm.data.example import BrokenExample, Source, warn_skipped
+from mm.data.sounds import CropBatches
 from mm.optimization import optimizer_and_schedule
 from mm.reconstruction import usage_and_perplexity
 from mm.speech_reader import RATE, ProsodyReader, SpeechReader, TimbreReader
@@ -66,30 +66,6 @@ class VoiceSet:
     name: str = "speech"
 
 
-class Crops:
-    """So many batches an epoch; its state resumes mid-epoch with the very same batches (Lightning calls `state_dict`)."""
-
-    def __init__(self, data: VoicesDataModule) -> None:
-        self.data, self.epoch, self.done = data, 0, 0
-
-    def __len__(self) -> int:
-        return self.data.batches
-
-    def __iter__(self) -> Iterator[VoiceBatch]:
-        for index in range(self.done, len(self)):
-            rng = np.random.default_rng([self.data.seed, self.epoch, index])
-            self.done = index + 1
-            if self.done == len(self):
-                self.epoch, self.done = self.epoch + 1, 0
-            yield self.data.crops(self.data.batch_size, rng)
-
-    def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.epoch, "done": self.done}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.epoch, self.done = state["epoch"], state["done"]
-
-
 class VoicesDataModule(pl.LightningDataModule):
     """Clips and their speakers, all in memory.
 
@@ -126,7 +102,7 @@ class VoicesDataModule(pl.LightningDataModule):
         self.speakers: list[str] = []
         self.clips: dict[str, list[Clip]] = {}
         self._by_speaker: list[list[Clip]] = []
-        self._crops: Crops | None = None
+        self._crops: CropBatches | None = None
 
     def setup(self, stage: str | None = None) -> None:
         if self.clips:
@@ -157,7 +133,7 @@ class VoicesDataModule(pl.LightningDataModule):
         return VoiceBatch(*(x.to(device) for x in batch)) if isinstance(batch, VoiceBatch) else batch
 
     def train_dataloader(self) -> Any:
-        self._crops = self._crops or Crops(self)
+        self._crops = self._crops or CropBatches(self, 0)
         return self._crops
 
     def val_dataloader(self) -> Any:

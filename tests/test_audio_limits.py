@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mm import audio as audio_module
-from mm import resampling
+from mm import audio_files, resampling
 from mm.audio import Audio, load_audio, read_chunks, resample, to_wav
 
 
@@ -86,6 +86,20 @@ def test_rates_are_whole_numbers_of_any_kind() -> None:
     for rate in (True, 8000.0, "8000", 0, None):
         with pytest.raises(ValueError, match="the rate of a sound is 1 to 768,000"):
             Audio(np.zeros(2), rate)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "says"),
+    [
+        (None, "is longer than"),
+        (700.0, "is 700.0 s long, which"),
+        (600.04, "is 600.04 s long, which"),
+        (600.00001, "is longer than"),
+    ],
+)
+def test_too_long_by_how_much(seconds: float | None, says: str) -> None:
+    message = str(audio_files.too_long("the sound", seconds, 600.0))
+    assert message.startswith(f"the sound {says}") and "the 600 s that are decoded; cut it into parts" in message
 
 
 def test_whole_numbers_are_scaled_by_the_loader() -> None:

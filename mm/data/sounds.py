@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import lightning as L
 import numpy as np
@@ -151,20 +151,31 @@ def _rng(*parts: int) -> np.random.Generator:
     return np.random.default_rng([p % (1 << 32) for p in parts])
 
 
+class Cropped(Protocol):
+    """What `CropBatches` draws from."""
+
+    seed: int
+    batch_size: int
+    batches: int
+    """Of one epoch."""
+
+    def crops(self, count: int, rng: np.random.Generator) -> Any: ...
+
+
 class CropBatches:
     """Random crops, so many batches an epoch; its state resumes mid-epoch with the very same batches.
 
     Lightning calls `state_dict` and `load_state_dict` on loaders that have them.
     """
 
-    def __init__(self, data: SoundsDataModule, rank: int) -> None:
+    def __init__(self, data: Cropped, rank: int) -> None:
         self.data, self.rank = data, rank
         self.epoch, self.done = 0, 0
 
     def __len__(self) -> int:
         return self.data.batches
 
-    def __iter__(self) -> Iterator[SoundBatch]:
+    def __iter__(self) -> Iterator[Any]:
         for index in range(self.done, len(self)):
             rng = _rng(self.data.seed, self.epoch, index, self.rank)
             self.done = index + 1

@@ -74,7 +74,8 @@ class TextToSpeechPipeline(Pipeline):
         Args:
             text: what is said; None: anything.
             voice: one for all texts, or a list with one for each.
-            duration: seconds of each sound (of an edit: of the new span); one for all, or a list.
+            duration: seconds of each sound, to the nearest element of the model; one for all, or a list. Of an edit: those
+                of the new span, to the sample.
             stretch: the duration that the model chose is multiplied by this: 0.8 is faster, 1.25 slower.
             edit: a clip of which a span is spoken anew; the text is that of the whole result, and a duration that of the new
                 span. Samples outside the span stay bit for bit what they are, in a clip of the model's rate; another clip
