@@ -29,11 +29,12 @@ setup-dev: $(STAMPS)/dev ## the same with the tools of `make test` and `make lin
 
 setup-bench: $(STAMPS)/bench ## the same with the peers of `make bench`
 
-demo: $(STAMPS)/run ## pictures for a prompt and a caption for a picture, from the model that ships with the package
+demo: $(STAMPS)/run ## pictures for a prompt, a caption for a picture, a spoken sentence, from models that ship with the package
 	@mkdir -p $(OUT)
 	$(BIN)/mm generate "red apple" --to image --num 4 --seed 0 --out $(OUT)/red-apple.png
 	$(BIN)/mm generate "handwritten digit seven" --to image --num 12 --seed 0 --out $(OUT)/seven.png
 	$(BIN)/mm generate --to text --from $(OUT)/red-apple-01.png --seed 0 --out $(OUT)/red-apple.txt
+	$(BIN)/mm generate "three five one seven" --to speech --voice slt --seed 0 --out $(OUT)/three-five-one-seven.wav
 	@printf 'The pictures: %s and %s   The first of them in words: ' $(OUT)/red-apple.png $(OUT)/seven.png; \
 		cat $(OUT)/red-apple.txt; echo
 

@@ -58,7 +58,10 @@ def arguments(argv: list[str]) -> Namespace:
         metavar=("START", "END"),
         help="seconds of the clip of --from that are spoken anew; the prompt says the text of the whole",
     )
-    add("--model", default="mm-tiny", help="a shipped checkpoint, a folder, or owner/name on the hub")
+    add(
+        "--model",
+        help="a shipped checkpoint, a folder, or owner/name on the hub; default: mm-tiny, or mm-speech for --to speech",
+    )
     add("--out", metavar="PATH", help="file or folder; pictures and sounds have a name made of the prompt by default")
     add("--num", type=int, default=1, metavar="N", help="how many; with several pictures also a contact sheet of them")
     add("--seed", type=int, metavar="S", help="the same seed gives the same result")
@@ -94,6 +97,7 @@ def main(argv: list[str]) -> int:
         endings = {"image": PICTURES, "speech": SOUNDS}.get(args.to, TEXTS)
         writable(numbered(args.out, 1, "out", endings)[0])
     check_given(args)
+    args.model = args.model or ("mm-speech" if args.to == "speech" else "mm-tiny")
     args.max_tokens = 128 if args.max_tokens is None else args.max_tokens
     pipeline = AnyToAnyPipeline.from_pretrained(args.model, args.device)
     choose_threads(pipeline.model, args.threads)

@@ -21,7 +21,7 @@ from mm.evaluate.subject import Outcome, Subject, fingerprint
 from mm.evaluate.tokenizer import evaluate_tokenizer
 from mm.interfaces import ModalityTokenizer
 
-FAMILIES = ("tokenizer", "digits", "emoji", "speaking", "hearing", "listening")
+FAMILIES = ("tokenizer", "digits", "emoji", "speaking", "pace", "editing", "hearing", "listening")
 SHOWN = 40
 """Pictures on a contact sheet: the first ones, not the best."""
 

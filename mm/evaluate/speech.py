@@ -168,6 +168,11 @@ def mel_distance(reference: Audio, decoded: Audio) -> float:
     return float((_mel(one) - _mel(other)).abs().mean())
 
 
+def log_mel_at_16k(audio: Audio) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Log-mel magnitudes (bins, frames), as `mel_distance` compares them."""
+    return _mel(_pair(audio, audio)[0]).numpy()
+
+
 def _mel(samples: Tensor) -> Tensor:
     return log_mel(samples, rate=RATE, bins=BINS, n_fft=N_FFT, hop=HOP, floor=FLOOR)
 

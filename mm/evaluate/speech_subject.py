@@ -11,19 +11,21 @@ from mm.data.example import Source
 from mm.evaluate.listening import listening_figures
 from mm.evaluate.networks import Say
 from mm.evaluate.protocol import Protocol
-from mm.evaluate.recordings import load_recordings
+from mm.evaluate.recordings import Recordings, load_recordings
 from mm.evaluate.results import Figure
+from mm.evaluate.speech_control import editing_figures, pace_figures
 from mm.evaluate.speech_figures import hearing_figures, prepare, speaking_figures, tokenizer_figures
 from mm.interfaces import ModalityTokenizer
 from mm.listening import NAME
 from mm.model import MultimodalModel
 from mm.pipelines.base import Pipeline
+from mm.pipelines.sound_editing import Edit
 from mm.pipelines.speech_to_text import SpeechToTextPipeline
 from mm.pipelines.text_to_speech import TextToSpeechPipeline
 
 CLEAR, REAL = "speech", "spoken"
 """Kinds of sources: the made corpus, and recordings of single digits."""
-PARTS = ("tokenizer", "speaking", "hearing", "listening")
+PARTS = ("tokenizer", "speaking", "pace", "editing", "hearing", "listening")
 """What is measured of a model."""
 
 
@@ -74,6 +76,24 @@ class SpeechSubject:
         voice = list(voices) if self.model.voices else None
         made = self.speaks(list(texts), voice=voice, seed=seed, **self.options)
         return [Audio(samples, made.sample_rate) for samples in made.audios]
+
+    def paced(self, texts: Sequence[str], voices: Sequence[str], seed: int, stretch: float) -> list[Audio]:
+        """As `speak`, the duration that the model chooses multiplied by `stretch`."""
+        voice = list(voices) if self.model.voices else None
+        made = self.speaks(list(texts), voice=voice, seed=seed, stretch=stretch, **self.options)
+        return [Audio(samples, made.sample_rate) for samples in made.audios]
+
+    def edited(self, clips: Recordings, edits: Sequence[Edit], seed: int) -> list[Audio]:
+        """The clips, spans of them spoken anew."""
+        voice = list(clips.speakers) if self.model.voices else None
+        made = self.speaks(list(clips.texts), voice=voice, edit=list(edits), seed=seed, **self.options)
+        return [Audio(samples, made.sample_rate) for samples in made.audios]
+
+    @property
+    def fills_in(self) -> bool:
+        """Whether it can speak a span in the middle of a clip."""
+        order = self.model.modalities[self.model.vocabulary.index[self.speaks.speech]].order
+        return not self.model.by_word and bool(getattr(order, "infill", 0.0))
 
     def transcribe(self, audios: Sequence[Audio]) -> list[str]:
         """One text a sound, the likeliest token each time."""
@@ -132,6 +152,10 @@ def evaluate_speech(
         figures += tokenizer_figures(subject.tokenizer, spoken, protocol.captioned, say)
     if "speaking" in only:
         figures += speaking_figures(subject, spoken, protocol.samples, protocol.seed, say)
+    if "pace" in only and spoken.clear is not None:
+        figures += pace_figures(subject, spoken, protocol.samples, protocol.seed, say)
+    if "editing" in only and spoken.clear is not None and subject.fills_in:
+        figures += editing_figures(subject, spoken, protocol.samples, protocol.seed, say)
     if "hearing" in only:
         figures += hearing_figures(subject, spoken, protocol.captioned, say)
     return figures

@@ -66,6 +66,9 @@ class Pipeline:
         batch_size: rows that are generated at once; more are generated batch after batch.
     """
 
+    usual = "mm-tiny"
+    """The shipped checkpoint that `from_pretrained` loads by default."""
+
     def __init__(
         self, model: MultimodalModel, sampling: Mapping[str, Sampling] | None = None, batch_size: int = 32
     ) -> None:
@@ -74,14 +77,15 @@ class Pipeline:
 
     @classmethod
     def from_pretrained(
-        cls: type[P], path_or_name: str | os.PathLike[str] = "mm-tiny", device: torch.device | str = "cpu"
+        cls: type[P], path_or_name: str | os.PathLike[str] | None = None, device: torch.device | str = "cpu"
     ) -> P:
-        """A pipeline with the model of a checkpoint: the name of one that is shipped, a folder, or a hub name.
+        """A pipeline with the model of a checkpoint: the name of one that is shipped, a folder, or a hub name; None: the one that
+        is shipped for this.
 
         Raises `ValueError` as `mm.hub.load_pretrained`.
         """
         device = choose_device(device)  # before the seconds that loading takes
-        folder = hub.resolve(path_or_name)
+        folder = hub.resolve(cls.usual if path_or_name is None else path_or_name)
         return cls(hub.load_pretrained(folder), hub.load_sampling(hub.read_config(folder))).to(device)
 
     def save_pretrained(

@@ -52,6 +52,8 @@ class TextToSpeechPipeline(Pipeline):
     of the model are divided after sentences, parts of sentences, or words, and what is spoken of them is joined.
     """
 
+    usual = "mm-speech"
+
     @torch.no_grad()
     def __call__(
         self,
