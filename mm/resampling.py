@@ -22,6 +22,9 @@ CROSSINGS, ROLLOFF, BETA = 64, 0.9475937167399596, 14.769656459379492
 """Zero crossings to each side, share of the band that is kept, and the window's shape: torchaudio's "kaiser best"."""
 SMALL = 1 << 21
 """Largest product of the two whole numbers of a small ratio (44,100 to 16,000 is 441 to 160)."""
+LONG = 1 << 20
+"""Weights of a filter beyond which the table takes its place if it can: one sample a second would become 16,000 by
+2,192,000 weights, in gigabytes."""
 LONGEST = 1 << 24
 """Most weights of a filter (64 MiB)."""
 WIDEST = 1 << 13
@@ -42,8 +45,9 @@ class Resampler:
         ratio = Fraction(new, old)
         self.up, self.down = ratio.numerator, ratio.denominator
         width = math.ceil(CROSSINGS * self.down / (min(self.up, self.down) * ROLLOFF))
-        small = self.up * self.down <= SMALL
-        if self.up * (2 * width + self.down) > LONGEST if small else 2 * width > WIDEST:
+        weights, fits = self.up * (2 * width + self.down), 2 * width <= WIDEST
+        small = self.up * self.down <= SMALL and (weights <= LONG or not fits)
+        if weights > LONGEST if small else not fits:
             raise ValueError(
                 f"the rates are too far apart to resample ({old:,} to {new:,} samples a second); is the sound's right?"
             )
@@ -69,7 +73,7 @@ class Resampler:
     def finish(self) -> Samples:
         """The resampler is used up."""
         left = -(-self._taken * self.up // self.down) - self._given
-        silence = 2 * self._reach + 2 * self.down + self._step()
+        silence = self._reach + 1 if self._filter is None else 2 * self._reach + 2 * self.down + self._step()
         self._waiting = np.concatenate([self._waiting, np.zeros(silence, np.float32)])
         return self._run()[:left]
 
