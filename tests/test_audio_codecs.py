@@ -176,7 +176,7 @@ def test_mimi_sees_new_weights() -> None:
 # --- sounds -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rate", [4000, 11025, 16000, 44100, 44101, 767_999])
+@pytest.mark.parametrize("rate", [4000, 11025, 16000, 44100, 44101, 96_001, 192_000])
 def test_any_rate(name: str, rate: int) -> None:
     """A tone of 400 Hz has the codes that it has at the network's own rate, nearly."""
     tokenizer = tiny(name)

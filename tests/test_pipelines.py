@@ -167,7 +167,7 @@ def test_completion_with_raster_order() -> None:
     out = painter("red", image=picture, mask=lower, seed=0)
     assert out.images[0].crop((0, 0, 4, 2)).tobytes() == picture.crop((0, 0, 4, 2)).tobytes()
     assert out.images[0].tobytes() != picture.tobytes()
-    with pytest.raises(ValueError, match="use the masked order"):
+    with pytest.raises(ValueError, match="the masked order fills in between"):
         painter("red", image=picture, mask=left)
     with pytest.raises(ValueError, match="give both or neither"):
         painter("red", image=picture)
