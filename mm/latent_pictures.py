@@ -8,9 +8,8 @@ D = C · pack² width of a token, N tokens of one picture.
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, ClassVar, Self
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +17,10 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from mm import pictures, safe_io, saved
+from mm import pictures, saved
 from mm.interfaces import Decoded, Encoded, ModalityTokenizer, Spec
 from mm.latents import LatentNormalizer
+from mm.saved import FromSettings
 from mm.trainable import TrainableTokenizer
 
 MAX_AXIS = 256
@@ -223,49 +223,8 @@ class LatentPictures(ModalityTokenizer, saved.Fingerprinted):
         return [where[n : n + self._batch] for where in places.values() for n in range(0, len(where), self._batch)]
 
 
-class TrainedPictures(LatentPictures, TrainableTokenizer):
+class TrainedPictures(FromSettings, LatentPictures, TrainableTokenizer):
     """Those that `mm fit` trains: a network with an `encoder` and a `decoder` made from settings, and saved with them."""
-
-    form: ClassVar[str]
-    """Of the saved settings, `mm.tokenizers.` and the file's name."""
-    what: ClassVar[str]
-    """What messages call it, with its article."""
-    inner: ClassVar[tuple[str, ...]]
-    """Settings of decoder and training, which do not change what a vector means."""
-    config: dict[str, Any]
-
-    @abc.abstractmethod
-    def _build(self, c: dict[str, Any]) -> None:
-        """Check the settings and make the networks."""
-
-    def _restore(self, pretrained: str, defaults: Mapping[str, Any]) -> None:
-        """Become what `save` wrote, in evaluation mode. Raises `ValueError` for files that are missing, damaged, of other
-        shapes, or not what was saved."""
-        folder = saved.find(pretrained, self.what.split(" ", 1)[1])
-        config = saved.read(folder, self.form, defaults, self.what)
-        with saved.building(folder):
-            self._build(config)
-        self.load_state_dict(saved.read_weights(folder, self.state_dict()))
-        self.eval()
-        saved.check_whole(folder, self.fingerprint, self.config, self.state_dict())
-
-    def identity(self) -> str:
-        """Of encoder and normaliser: a decoder that was trained further draws the same vectors better."""
-        config = {name: value for name, value in self.config.items() if name not in self.inner}
-        state = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("decoder.")}
-        return f"{self.form.rpartition('.')[2]}-{saved.digest(config, state)}"
-
-    def save(self, path: str | Path) -> None:
-        """Write `config.json` and `model.safetensors` into the folder `path`, both or neither."""
-        self.weights_changed()
-        with safe_io.atomic_folder(path, last=saved.CONFIG) as folder:
-            saved.write(folder, self.form, self.config, self.state_dict(), self.fingerprint)
-
-    @classmethod
-    def from_directory(cls, path: str | Path) -> Self:
-        """A saved tokenizer, in evaluation mode. Raises `ValueError` for files that are missing, damaged, of other shapes,
-        or not what was saved."""
-        return cls(pretrained=str(path))
 
     def roughened(self, rows: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
         """In training, normalised vectors with noise: γ·ε, γ drawn from 0 … `noise` for each picture."""

@@ -9,13 +9,14 @@ Weights are written in float32 and read as such: a tokenizer that was moved to a
 
 from __future__ import annotations
 
+import abc
 import hashlib
 import json
 import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -194,6 +195,63 @@ class Fingerprinted(nn.Module):
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self.weights_changed()  # of `to`, `half` and the like: another type rounds the weights
         return super()._apply(*args, **kwargs)
+
+
+class FromSettings(Fingerprinted):
+    """A tokenizer that is made from settings, and saved with them: its constructor fills a dictionary and calls `_made`. What it
+    decodes with are the weights under `decoder.`, which may be trained further without its tokens changing their meaning."""
+
+    form: ClassVar[str]
+    """Of the saved settings, `mm.tokenizers.` and the file's name."""
+    what: ClassVar[str]
+    """What messages call it, with its article."""
+    inner: ClassVar[tuple[str, ...]] = ()
+    """Settings of decoder and training, which do not change what a token means."""
+    config: dict[str, Any]
+
+    @abc.abstractmethod
+    def _build(self, c: dict[str, Any]) -> None:
+        """Check the settings and make the networks."""
+
+    def _made(self, pretrained: str | None, config: Mapping[str, Any]) -> None:
+        """Become what the settings say, or, in evaluation mode, what `save` wrote with settings of these names. Raises
+        `ValueError` for settings that don't fit, and for files that are missing, damaged, of other shapes, or not what was
+        saved."""
+        if pretrained is None:
+            self._build(dict(config))
+            return
+        folder = find(pretrained, self.what.split(" ", 1)[1])
+        found = read(folder, self.form, config, self.what)
+        with building(folder):
+            self._build(found)
+        self.load_state_dict(read_weights(folder, self.state_dict()))
+        self.eval()
+        check_whole(folder, self.fingerprint, self.config, self.state_dict())
+
+    def identity(self) -> str:
+        """What a token means, hashed: settings and weights of all but the decoder."""
+        config = {name: value for name, value in self.config.items() if name not in self.inner}
+        state = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("decoder.")}
+        return f"{self.form.rpartition('.')[2]}-{digest(config, state)}"
+
+    @property
+    def fingerprint(self) -> str:
+        """Of `identity`, computed once, then kept until the weights change."""
+        if self._fingerprint is None:
+            self._fingerprint = self.identity()
+        return self._fingerprint
+
+    def save(self, path: str | Path) -> None:
+        """Write `config.json` and `model.safetensors` into the folder `path`, both or neither."""
+        self.weights_changed()
+        with safe_io.atomic_folder(path, last=CONFIG) as folder:
+            write(folder, self.form, self.config, self.state_dict(), self.fingerprint)
+
+    @classmethod
+    def from_directory(cls, path: str | Path) -> Self:
+        """A saved tokenizer, in evaluation mode. Raises `ValueError` for files that are missing, damaged, of other shapes,
+        or not what was saved."""
+        return cls(pretrained=str(path))
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------

@@ -9,19 +9,15 @@ Letters in shapes: B batch, S samples, F frames of the spectrum, M mel bins, L t
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mm import safe_io, saved
 from mm.audio import Audio, Samples, given_samples
 from mm.interfaces import Decoded, Encoded, ModalityTokenizer
-from mm.saved import Fingerprinted
+from mm.saved import FromSettings
 from mm.speech import LogMel
 from mm.trainable import Reconstruction
 
@@ -30,20 +26,11 @@ RATE, HOP, N_FFT = 16_000, 256, 1024
 NOTHING = Audio(np.zeros(0, dtype=np.float32), RATE)
 
 
-class SpeechReader(ModalityTokenizer, Fingerprinted):
-    """A subclass's constructor fills `config`, and makes the networks in `_build`."""
+class SpeechReader(FromSettings, ModalityTokenizer):
+    """A subclass makes the networks in `_build`."""
 
     decodes = False
-    form: ClassVar[str]
-    """Of the saved settings, `mm.tokenizers.` and the file's name."""
-    what: ClassVar[str]
-    """What messages call it, with its article."""
-    config: dict[str, Any]
     mel: LogMel
-
-    @abc.abstractmethod
-    def _build(self, c: dict[str, Any]) -> None:
-        """Check the settings and make the networks."""
 
     @abc.abstractmethod
     def _read(self, samples: Float[Tensor, " S"]) -> Encoded:
@@ -66,41 +53,6 @@ class SpeechReader(ModalityTokenizer, Fingerprinted):
     def decode(self, encoded: Encoded) -> Decoded:
         """No sound: the tokens are one side of it only."""
         return Decoded(value=NOTHING, valid=False, reason="this tokenizer keeps one side of a sound and can't make any")
-
-    # --- identity, saving, loading ------------------------------------------------------------------------------------
-
-    @property
-    def fingerprint(self) -> str:
-        """A hash of settings and weights, without a decoder, which is there for training. Kept until the weights change."""
-        if self._fingerprint is None:
-            state = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("decoder.")}
-            self._fingerprint = f"{self.form.rpartition('.')[2]}-{saved.digest(self.config, state)}"
-        return self._fingerprint
-
-    def save(self, path: str | Path) -> None:
-        """Write `config.json` and `model.safetensors` into the folder `path`, both or neither."""
-        self.weights_changed()
-        with safe_io.atomic_folder(path, last=saved.CONFIG) as folder:
-            saved.write(folder, self.form, self.config, self.state_dict(), self.fingerprint)
-
-    @classmethod
-    def from_directory(cls, path: str | Path) -> Self:
-        """A saved tokenizer, in evaluation mode. Raises `ValueError` for files that are missing, damaged, of other shapes,
-        or not what was saved."""
-        return cls(pretrained=str(path))
-
-    def _made(self, pretrained: str | None, config: Mapping[str, Any]) -> None:
-        """Become what the settings say, or what was saved in a folder, then in evaluation mode. Raises `ValueError`."""
-        if pretrained is None:
-            self._build(dict(config))
-            return
-        folder = saved.find(pretrained, self.what.split(" ", 1)[1])
-        found = saved.read(folder, self.form, config, self.what)
-        with saved.building(folder):
-            self._build(found)
-        self.load_state_dict(saved.read_weights(folder, self.state_dict()))
-        self.eval()
-        saved.check_whole(folder, self.fingerprint, self.config, self.state_dict())
 
     @classmethod
     def examples(cls) -> list[Audio]:

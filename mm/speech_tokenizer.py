@@ -11,18 +11,17 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, ClassVar, Self
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mm import safe_io, saved
 from mm.audio import Audio, given_samples
 from mm.interfaces import Decoded, Encoded
+from mm.saved import FromSettings
 from mm.speech import KERNEL, LogMel, SpeechDecoder, SpeechEncoder, in_pieces, reach
 from mm.trainable import TrainableTokenizer
 
@@ -32,25 +31,14 @@ PIECE = 512
 """Elements that go through the networks at once."""
 
 
-class SpeechTokenizer(TrainableTokenizer):
-    """Sound ↔ a list of elements. A subclass's constructor fills `config`, and calls `make_networks` from `_build`."""
+class SpeechTokenizer(FromSettings, TrainableTokenizer):
+    """Sound ↔ a list of elements. A subclass calls `make_networks` from `_build`."""
 
-    form: ClassVar[str]
-    """Of the saved settings, `mm.tokenizers.` and the file's name."""
-    what: ClassVar[str]
-    """What messages call it, with its article."""
-    inner: ClassVar[tuple[str, ...]]
-    """Settings of decoder and training, which do not change what an element means."""
-    config: dict[str, Any]
     rate: int
     """Samples a second of what is decoded."""
     samples_per_element: int
 
     # --- what a tokenizer file implements -----------------------------------------------------------------------------
-
-    @abc.abstractmethod
-    def _build(self, c: dict[str, Any]) -> None:
-        """Check the settings and make the networks."""
 
     @abc.abstractmethod
     def elements(self, z: Float[Tensor, "B T D"]) -> Tensor:
@@ -159,46 +147,13 @@ class SpeechTokenizer(TrainableTokenizer):
                 out[i] = Decoded(value=Audio(samples.numpy(), self.rate), valid=not reason, reason=reason)
         return [out[i] for i in range(len(items))]
 
-    # --- identity, saving, loading ------------------------------------------------------------------------------------
+    # --- training -----------------------------------------------------------------------------------------------------
 
     def synchronise(self, enabled: bool) -> None:
         """Nothing here is learned but by gradients, unless a subclass says so."""
 
     def last_layer(self) -> Tensor:
         return self.decoder.head.project.weight
-
-    @property
-    def fingerprint(self) -> str:
-        """Of all but the decoder: one that was trained further makes better sound of the same elements. Computed once, then
-        kept until the weights change."""
-        if self._fingerprint is None:
-            config = {name: value for name, value in self.config.items() if name not in self.inner}
-            state = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("decoder.")}
-            self._fingerprint = f"{self.form.rpartition('.')[2]}-{saved.digest(config, state)}"
-        return self._fingerprint
-
-    def save(self, path: str | Path) -> None:
-        """Write `config.json` and `model.safetensors` into the folder `path`, both or neither."""
-        self.weights_changed()
-        with safe_io.atomic_folder(path, last=saved.CONFIG) as folder:
-            saved.write(folder, self.form, self.config, self.state_dict(), self.fingerprint)
-
-    @classmethod
-    def from_directory(cls, path: str | Path) -> Self:
-        """A saved tokenizer, in evaluation mode. Raises `ValueError` for files that are missing, damaged, of other shapes,
-        or not what was saved."""
-        return cls(pretrained=str(path))
-
-    def _restore(self, pretrained: str, defaults: Mapping[str, Any]) -> None:
-        """Become what `save` wrote, in evaluation mode. Raises `ValueError` for files that are missing, damaged, of other
-        shapes, or not what was saved."""
-        folder = saved.find(pretrained, self.what.split(" ", 1)[1])
-        config = saved.read(folder, self.form, defaults, self.what)
-        with saved.building(folder):
-            self._build(config)
-        self.load_state_dict(saved.read_weights(folder, self.state_dict()))
-        self.eval()
-        saved.check_whole(folder, self.fingerprint, self.config, self.state_dict())
 
     # --- helpers ------------------------------------------------------------------------------------------------------
 

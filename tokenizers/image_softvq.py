@@ -62,7 +62,7 @@ class ImageSoftVQ(TrainedPictures):
     ) -> None:
         super().__init__()
         if pretrained is not None:
-            self._restore(pretrained, DEFAULTS)
+            self._made(pretrained, DEFAULTS)
             return
         _check_temperature(temperature)
         if source is None:

@@ -88,10 +88,7 @@ class ImageVAE(TrainedPictures):
             normalizer=normalizer,
             noise=noise,
         )
-        if pretrained is not None:
-            self._restore(pretrained, config)
-        else:
-            self._build(config)
+        self._made(pretrained, config)
 
     def _build(self, c: dict[str, Any]) -> None:
         check_shape(c)

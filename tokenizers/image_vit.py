@@ -115,10 +115,7 @@ class ImageViT(TrainedPictures):
             )
         if encoder_frozen and pretrained is None and encoder_weights is None:
             raise ValueError("encoder_frozen would keep random weights; give encoder_weights, or leave it out")
-        if pretrained is not None:
-            self._restore(pretrained, config)
-            return
-        self._build(config)
+        self._made(pretrained, config)
         if encoder_weights is not None:
             self._load_encoder(encoder_weights)
 

@@ -100,10 +100,7 @@ class SpeechCodec(SpeechTokenizer):
             commitment=commitment,
             dropout=dropout,
         )
-        if pretrained is not None:
-            self._restore(pretrained, config)
-        else:
-            self._build(config)
+        self._made(pretrained, config)
 
     def _build(self, c: dict[str, Any]) -> None:
         settings.check(c)

@@ -93,10 +93,7 @@ class SpeechVAE(SpeechTokenizer):
             mel_weight=mel_weight,
             normalizer=normalizer,
         )
-        if pretrained is not None:
-            self._restore(pretrained, config)
-        else:
-            self._build(config)
+        self._made(pretrained, config)
 
     def _build(self, c: dict[str, Any]) -> None:
         settings.check(c)
