@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from mm.interfaces import ModalityTokenizer
+
 
 def gradient_loss(x: Float[Tensor, "B C H W"], y: Float[Tensor, "B C H W"], scales: int = 3) -> Float[Tensor, ""]:
     """Mean |∂x − ∂y| over horizontal and vertical differences at `scales` resolutions, each half the former: edges
@@ -40,6 +42,20 @@ def psnr(x: Float[Tensor, "B C H W"], y: Float[Tensor, "B C H W"]) -> Float[Tens
     x, y = (((t.clamp(-1, 1) + 1) * 127.5).round() for t in (x, y))
     error = (x - y).square().flatten(1).mean(1).clamp_min(0.5)
     return 10 * torch.log10(255**2 / error)
+
+
+def count_codes(
+    counts: Int[Tensor, "K V"] | None, ids: Tensor | None, tokenizer: ModalityTokenizer
+) -> Int[Tensor, "K V"] | None:
+    """How often each code has occurred, with these ids (sub-codes on the last axis) added; None as long as there are none."""
+    if ids is None:
+        return None
+    if counts is None:  # only then, for a spec hashes the weights
+        spec = tokenizer.spec
+        counts = torch.zeros(spec.num_codes, spec.vocab_size, dtype=torch.long, device=ids.device)
+    for k, column in enumerate(ids.reshape(-1, len(counts)).unbind(1)):
+        counts[k] += torch.bincount(column, minlength=counts.shape[1])
+    return counts
 
 
 def usage_and_perplexity(counts: Int[Tensor, "K V"]) -> tuple[float, float]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mm.optimization import optimizer_and_schedule
-from mm.reconstruction import usage_and_perplexity
+from mm.reconstruction import count_codes, usage_and_perplexity
 from mm.speech_losses import SpectralLosses, SpeechDiscriminators
 from mm.speech_tokenizer import SpeechTokenizer
 
@@ -117,7 +117,7 @@ class SpeechTokenizerModule(L.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x, _ = batch
         out = self.tokenizer.reconstruct(x)
-        self._train_counts = self._count(self._train_counts, out.ids)
+        self._train_counts = count_codes(self._train_counts, out.ids, self.tokenizer)
         terms = self.losses(out.output, x)
         loss = self.weights["stft"] * terms["stft"] + self.weights["mel"] * terms["mel"] + out.loss.float()
         terms["bottleneck"] = out.loss
@@ -143,17 +143,6 @@ class SpeechTokenizerModule(L.LightningModule):
                 if part is self.tokenizer:
                     self.log("train/gradient_norm", norm)
 
-    def _count(self, counts: Tensor | None, ids: Tensor | None) -> Tensor | None:
-        if ids is None:
-            return None
-        spec = self.tokenizer.spec if counts is None else None
-        if spec is not None:
-            counts = torch.zeros(spec.num_codes, spec.vocab_size, dtype=torch.long, device=ids.device)
-        assert counts is not None
-        for k, column in enumerate(ids.reshape(-1, len(counts)).unbind(1)):
-            counts[k] += torch.bincount(column, minlength=counts.shape[1])
-        return counts
-
     def on_train_batch_end(self, *args: Any) -> None:
         self.tokenizer.weights_changed()
 
@@ -165,7 +154,7 @@ class SpeechTokenizerModule(L.LightningModule):
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         x, source = batch
         out = self.tokenizer.reconstruct(x)
-        self._val_counts = self._count(self._val_counts, out.ids)
+        self._val_counts = count_codes(self._val_counts, out.ids, self.tokenizer)
         for number in source.unique().tolist():
             mine = source == number
             terms = self.losses(out.output[mine], x[mine])

@@ -23,6 +23,7 @@ from mm.optimization import optimizer_and_schedule
 from mm.reconstruction import (
     PatchDiscriminator,
     adaptive_weight,
+    count_codes,
     gradient_loss,
     hinge_loss,
     psnr,
@@ -193,23 +194,6 @@ class TokenizerModule(L.LightningModule):
         x, source = batch
         return (x.contiguous(memory_format=torch.channels_last) if self.channels_last else x), source
 
-    def _count(self, counts: Tensor | None, ids: Tensor | None) -> Tensor | None:
-        if ids is None:
-            return None
-        spec_size, spec_codes = self._vocabulary
-        if counts is None:
-            counts = torch.zeros(spec_codes, spec_size, dtype=torch.long, device=ids.device)
-        for k, column in enumerate(ids.reshape(-1, spec_codes).unbind(1)):
-            counts[k] += torch.bincount(column, minlength=spec_size)
-        return counts
-
-    @property
-    def _vocabulary(self) -> tuple[int, int]:
-        if not hasattr(self, "_sizes"):
-            spec = self.tokenizer.spec
-            self._sizes = (spec.vocab_size, spec.num_codes)
-        return self._sizes
-
     def on_train_batch_start(self, *args: Any) -> None:
         # Evaluation mode also stops the codebook's moving averages and the replacement of dead codes.
         for part in self.frozen:
@@ -218,7 +202,7 @@ class TokenizerModule(L.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
         x, _ = self._prepare(batch)
         out = self.tokenizer.reconstruct(x)
-        self._train_counts = self._count(self._train_counts, out.ids)
+        self._train_counts = count_codes(self._train_counts, out.ids, self.tokenizer)
         terms = self.losses(x, out.output)
         loss = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum()
         terms["bottleneck"] = out.loss
@@ -277,7 +261,7 @@ class TokenizerModule(L.LightningModule):
 
         x, source = self._prepare(batch)
         out = self.tokenizer.reconstruct(x)
-        self._val_counts = self._count(self._val_counts, out.ids)
+        self._val_counts = count_codes(self._val_counts, out.ids, self.tokenizer)
         similarity = structural_similarity_index_measure(out.output.clamp(-1, 1), x, data_range=2.0, reduction="none")
         error = F.mse_loss(out.output.clamp(-1, 1), x, reduction="none").flatten(1).mean(1) / 4
         figures = torch.stack([psnr(out.output, x), cast(Tensor, similarity), error, torch.ones_like(error)])
