@@ -31,6 +31,7 @@ from mm.orders.raster import Raster
 from mm.pipelines.speech_to_text import SpeechToTextPipeline
 from mm.speech_encoder import FRAME_RATE, RATE, CTCEncoder
 from mm.testing import write_tar
+from mm.tokenizers.speech_codec import SpeechCodec
 from mm.tokenizers.speech_ctc import SpeechCTC
 from mm.tokenizers.text_bytes import TextBytes
 from mm.training_ctc import (
@@ -492,8 +493,9 @@ def test_a_recogniser_reads_compressed_speech(trained: Path, shards: Path, tmp_p
 
 def test_a_recogniser_reads_codes(shards: Path, tmp_path: Path) -> None:
     """The shipped system takes a step with a small codec that knows nothing yet."""
-    small = "{class_path: mm.tokenizers.speech_codec.SpeechCodec, init_args: {width: 16, blocks: [1, 1], decoder_blocks: [1, 1]}}"
-    fit("asr", shards, tmp_path, f"--model.init_args.modalities.tokenizer={small}", "--trainer.fast_dev_run=true")
+    SpeechCodec.tiny().save(tmp_path / "codec")
+    tokenizer = f"--model.init_args.modalities.tokenizer.init_args.pretrained={tmp_path}/codec"
+    fit("asr", shards, tmp_path, tokenizer, "--trainer.fast_dev_run=true")
 
 
 def test_the_encoder_is_saved_with_the_model(tmp_path: Path) -> None:
