@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mm.soft_codes import SoftCodebook
 
 if TYPE_CHECKING:
+    from mm.interfaces import Spec
     from mm.model import MultimodalModel
     from mm.vocabulary import Entry
 
@@ -23,8 +24,9 @@ def adopt(model: MultimodalModel, path_or_name: str | os.PathLike[str]) -> list[
     """Copy from a checkpoint into `model`, and say what (names of parts).
 
     Taken over are the backbone, conditions that orders inject, the host's and the controls' embeddings and the host's head;
-    of every other modality of the same name and tokenizer its embedding and, where it has the same shape, its head; and for a
-    soft codebook (`mm.soft_codes`) made from the checkpoint's picture tokenizer, the embeddings of its ids as rows.
+    of every other modality of the same name and tokenizer its embedding and, where it has the same shape, its head. A tokenizer
+    made from the checkpoint's (its `origin` is that one's fingerprint) takes over the embeddings of its ids: as rows of a soft
+    codebook (`mm.soft_codes`), or, if it has the same sub-codes and further ids after them, as their first ids and logits.
 
     Raises:
         ValueError: another backbone, another host tokenizer, or modalities in another order; nothing is changed then.
@@ -78,12 +80,38 @@ def _adopt_modality(model: MultimodalModel, other: MultimodalModel, mine: Entry,
                 taken.append(f"embedding of {name}")
         if _copy(model.heads[name], other.heads[name]):
             taken.append(f"heads.{name}")
-    elif isinstance(soft, SoftCodebook) and theirs.kind == "discrete":
-        tokenizer = model.modalities[model.vocabulary.index[name]].tokenizer
-        if getattr(tokenizer, "origin", None) == theirs.fingerprint and soft.rows.num_embeddings == theirs.size:
-            soft.rows.weight.copy_(other.embedding.weight[theirs.start : theirs.stop])
-            taken.append(f"rows of {name}")
+        return taken
+    tokenizer = model.modalities[model.vocabulary.index[name]].tokenizer
+    if getattr(tokenizer, "origin", None) != theirs.fingerprint:
+        return taken
+    if isinstance(soft, SoftCodebook) and theirs.kind == "discrete" and soft.rows.num_embeddings == theirs.size:
+        soft.rows.weight.copy_(other.embedding.weight[theirs.start : theirs.stop])
+        taken.append(f"rows of {name}")
+    elif mine.kind == theirs.kind == "codes":
+        origin = other.modalities[other.vocabulary.index[name]].tokenizer
+        if _copy_first(model.code_embeddings[name], other.code_embeddings[name], tokenizer.spec, origin.spec):
+            taken.append(f"embedding of {name}")
+        if _copy_first(model.heads[name], other.heads[name], tokenizer.spec, origin.spec):
+            taken.append(f"heads.{name}")
     return taken
+
+
+def _copy_first(into: nn.Module, source: nn.Module, mine: Spec, theirs: Spec) -> bool:
+    """The first ids of every sub-code, for modules that hold one row an id and nothing else."""
+    if mine.num_codes != theirs.num_codes or mine.vocab_size < theirs.vocab_size:
+        return False
+    pairs = []
+    for module, spec in ((into, mine), (source, theirs)):
+        values = dict(module.named_parameters())
+        if any(len(value) != spec.num_codes * spec.vocab_size for value in values.values()):
+            return False
+        pairs.append({name: value.unflatten(0, (spec.num_codes, -1)) for name, value in values.items()})
+    new, old = pairs
+    if {name: value.shape[2:] for name, value in new.items()} != {name: value.shape[2:] for name, value in old.items()}:
+        return False
+    for name, value in old.items():
+        new[name][:, : theirs.vocab_size] = value
+    return True
 
 
 def _copy(into: nn.Module, source: nn.Module) -> bool:

@@ -14,19 +14,24 @@ from torch import Tensor
 from mm.adopt import adopt, fingerprint, train_only
 from mm.backbone import BackboneConfig
 from mm.generation import Engine, Request
+from mm.heads.depth import DepthHead
 from mm.heads.diffusion import DiffusionHead
 from mm.heads.lm import LMHead
 from mm.hub import load_pretrained, save_pretrained
-from mm.interfaces import Head, Modality, ModalityTokenizer, Sampling
+from mm.interfaces import Encoded, Head, Modality, ModalityTokenizer, Sampling
 from mm.layout import Segment
+from mm.listening import Dialogue
 from mm.model import MultimodalModel
 from mm.optimization import optimizer_and_schedule
+from mm.orders.delay import Delay
 from mm.orders.raster import Raster
 from mm.stream import TokenStream, pack
 from mm.testing import tiny
 from mm.tokenizers.image_patches import ImagePatches
 from mm.tokenizers.image_softvq import ImageSoftVQ
 from mm.tokenizers.image_vq import ImageVQ
+from mm.tokenizers.speech_codec import SpeechCodec
+from mm.tokenizers.speech_duplex import SpeechDuplex
 from mm.tokenizers.text_bytes import TextBytes
 from mm.training import ModelTraining
 
@@ -241,3 +246,34 @@ def test_guidance_without_a_null_condition_is_warned_of(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         generate()
+
+
+@pytest.mark.parametrize("depth", [False, True], ids=["linear", "depth"])
+def test_a_model_that_listens_begins_as_one_that_speaks(tmp_path: Path, depth: bool) -> None:
+    """The codec is the one inside: hidden states are the same, and so are the logits of its ids."""
+    codec = SpeechCodec.tiny()
+
+    def speaking(tokenizer: ModalityTokenizer, seed: int, **settings: Any) -> MultimodalModel:
+        torch.manual_seed(seed)
+        head = DepthHead(width=16, layers=1, heads=2) if depth else LMHead()
+        speech = Modality(name="speech", tokenizer=tokenizer, head=head, order=Delay(pattern="parallel"))
+        return ModelTraining(BackboneConfig(**BACKBONE), [text(), speech], context=128, **settings).model.eval()
+
+    def document(model: MultimodalModel) -> TokenStream:
+        codes = torch.randint(codec.spec.vocab_size, (6, codec.spec.num_codes), generator=torch.Generator().manual_seed(3))
+        speech = Encoded(grid=(6,), codes=codes)
+        said = Dialogue(speech, None, None) if isinstance(model.modalities[1].tokenizer, SpeechDuplex) else speech
+        segments = [Segment("text", "ab", loss=False), Segment("speech", said)]
+        return pack([model.build_document(segments, torch.Generator().manual_seed(0))])
+
+    old = speaking(codec, 0)
+    save_pretrained(old, tmp_path / "model")
+    new = speaking(SpeechDuplex(codec), 1, adopt=str(tmp_path / "model"))
+    with torch.no_grad():
+        hidden = [model(document(model)) for model in (old, new)]
+    assert torch.equal(*hidden)
+    if depth:  # its inner ids are others
+        return
+    mine, theirs = (model.heads["speech"].logits(x) for model, x in zip((new, old), hidden, strict=True))
+    assert mine.shape[-1] == theirs.shape[-1] + 1
+    torch.testing.assert_close(mine[..., :-1], theirs, rtol=1e-6, atol=1e-6)

@@ -78,6 +78,11 @@ class SpeechDuplex(ModalityTokenizer, nn.Module):
             fingerprint=f"speech_duplex-{saved.digest(settings, {})}",
         )
 
+    @property
+    def origin(self) -> str:
+        """Fingerprint of the codec, whose ids these are but for the last one (`mm.adopt`)."""
+        return self.codec.spec.fingerprint
+
     # ---- the plug-in contract ----------------------------------------------------------------------------------------
 
     def encode(self, raw: Audio | Dialogue) -> Encoded:
