@@ -260,7 +260,9 @@ def test_a_model_that_listens_begins_as_one_that_speaks(tmp_path: Path, depth: b
         return ModelTraining(BackboneConfig(**BACKBONE), [text(), speech], context=128, **settings).model.eval()
 
     def document(model: MultimodalModel) -> TokenStream:
-        codes = torch.randint(codec.spec.vocab_size, (6, codec.spec.num_codes), generator=torch.Generator().manual_seed(3))
+        codes = torch.randint(
+            codec.spec.vocab_size, (6, codec.spec.num_codes), generator=torch.Generator().manual_seed(3)
+        )
         speech = Encoded(grid=(6,), codes=codes)
         said = Dialogue(speech, None, None) if isinstance(model.modalities[1].tokenizer, SpeechDuplex) else speech
         segments = [Segment("text", "ab", loss=False), Segment("speech", said)]
