@@ -430,6 +430,19 @@ def test_the_system_trains_and_is_measured(
     SpeechCodec.tiny().save(tmp_path / "runs/speech_codec/tokenizer")
     (tmp_path / "debug.yaml").write_text(DEBUG)
     options = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
+    speaking = MultimodalModel(
+        BackboneConfig(width=32, layers=2, heads=2, qk_norm=True),
+        [
+            Modality(name="text", tokenizer=TextBytes(), head=LMHead(), order=Raster()),
+            Modality(
+                name="speech",
+                tokenizer=SpeechCodec.from_directory("runs/speech_codec/tokenizer"),
+                head=LMHead(),
+                order=Delay(along=True),
+            ),
+        ],
+    )
+    hub.save_pretrained(speaking, "runs/musicgen/model")
     options += [] if fusion is None else [f"--model.init_args.modalities.fusion={fusion}"]
     assert main(["fit", "-c", "configs/systems/lslm.yaml", "-c", "debug.yaml", *options]) == 0
     made = hub.load_pretrained("runs/lslm/model")
