@@ -48,6 +48,11 @@ class Spec:
     """Samples a second of the sound that elements stand for; 0: it isn't sound."""
     frame_rate: float = 0.0
     """Elements a second of a tokenizer of sound."""
+    fps: float = 0.0
+    """Frames a second of the video that elements stand for; 0: it isn't video."""
+    frame_stride: int = 1
+    """Frames of video that a step along the slowest axis stands for; the first stands for one alone: a grid (T, rows, columns) is
+    1 + (T − 1)·stride frames."""
     alongside: Mapping[str, int] = field(default_factory=dict, hash=False)
     """Name → width of the vectors that come from elsewhere beside every element (`Encoded.alongside`)."""
     stop: int = -1
