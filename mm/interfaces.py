@@ -7,7 +7,6 @@ Letters in shapes: N content elements of one item, K sub-codes, D latent width, 
 from __future__ import annotations
 
 import abc
-import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
+from mm.configured import Configured as Configured
 from mm.sampling import MAX_GUIDANCE as MAX_GUIDANCE
 from mm.sampling import Sampling as Sampling
 
@@ -40,8 +40,12 @@ class Spec:
     dim: int = 0
     """Width of a continuous element."""
     max_grid: tuple[int, ...] = ()
-    """Largest extent an axis may have, slowest axis first ((rows, columns) for a picture). Empty: a list of free
-    length closed by its end token (text, file bytes)."""
+    """Largest extent an axis may have, slowest axis first ((rows, columns) for a picture). Empty: a list of free length, whose
+    extent isn't announced (text; file bytes, which end with `stop`)."""
+    pixels: tuple[int, ...] = ()
+    """Height and width of the pictures that a list of free length stands for; empty: it stands for none, or its grid says."""
+    least: int = 1
+    """The fewest elements that an item of free length has, `stop` included: where fewer fit, none is opened."""
     spatial: bool = True
     """Whether an element stands for the place that its grid says, so that a part of the raw data is a part of the grid."""
     sample_rate: int = 0
@@ -56,7 +60,8 @@ class Spec:
     alongside: Mapping[str, int] = field(default_factory=dict, hash=False)
     """Name → width of the vectors that come from elsewhere beside every element (`Encoded.alongside`)."""
     stop: int = -1
-    """The id that, as sub-code 0 of an element, ends an item before the extent it announced; −1: none does."""
+    """The id that, as sub-code 0 of an element, ends an item before the extent it announced; −1: none does. A list of free
+    length ends with this id (the tokenizer's last, by convention): one whose last id is another was cut off."""
     fingerprint: str = ""
     """Changes whenever the meaning of a token changes (weights, tables, version); checked against checkpoints and caches."""
 
@@ -65,6 +70,16 @@ class Spec:
             raise ValueError(f"a {self.kind} tokenizer needs vocab_size >= 1, got {self.vocab_size}")
         if self.kind == "continuous" and self.dim < 1:
             raise ValueError(f"a continuous tokenizer needs dim >= 1, got {self.dim}")
+        if self.is_free and (self.kind != "discrete" or self.stop >= self.vocab_size or self.least < 1):
+            raise ValueError(
+                f"a list of free length has ids, of which one is its end, and 1 or more elements; got {self.kind} with "
+                f"stop {self.stop} of {self.vocab_size} and at least {self.least}"
+            )
+
+    @property
+    def is_free(self) -> bool:
+        """Whether an item's extent isn't announced, but ended by `stop`."""
+        return not self.max_grid and self.stop >= 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +87,7 @@ class Encoded:
     """One item as tokens. Exactly one of `ids`, `codes`, `latents` is set; ids are local to the tokenizer (from 0)."""
 
     grid: tuple[int, ...]
-    """Extent of every axis, slowest first; `(N,)` for a list. Its product is N."""
+    """Extent of every axis, slowest first; `(N,)` for a list, of free length too. Its product is N."""
     ids: Int[Tensor, " N"] | None = None
     codes: Int[Tensor, "N K"] | None = None
     latents: Float[Tensor, "N D"] | None = None
@@ -121,33 +136,18 @@ class Decoded:
     reason: str = ""
 
 
-class Configured:
-    """Remembers the arguments it was constructed with, so that a checkpoint can write them down (`mm.hub`)."""
+class Automaton(abc.ABC):
+    """Which ids may come next in one item of free length while it is generated, so that what a model writes is a file."""
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        if cls.__init__ is object.__init__ and (args or kwargs):  # Python lets it pass where only __new__ is defined
-            raise TypeError(f"{cls.__name__}() takes no arguments")
-        self = super().__new__(cls)
-        object.__setattr__(self, "_arguments", (args, kwargs))  # an nn.Module can't take attributes before its __init__
-        return self
+    @abc.abstractmethod
+    def allowed(self, room: int) -> Bool[Tensor, " V"]:
+        """Ids that may come next, on the CPU, where at most `room` >= 1 more of them fit, `stop` included; at least one is True.
+        Where `room` was enough at the beginning (`Spec.least`), whatever is allowed leaves enough to end. The caller doesn't
+        change the tensor, so that it may be given out again."""
 
-    def arguments(self) -> dict[str, Any]:
-        """The constructor's arguments by name, defaults too (they may change in a later version). Raises `ValueError`
-        where one has no name (`*args`)."""
-        args, kwargs = self.__dict__["_arguments"]
-        bound = inspect.signature(type(self).__init__).bind(self, *args, **kwargs)
-        bound.apply_defaults()
-        out: dict[str, Any] = {}
-        for parameter in list(bound.signature.parameters.values())[1:]:
-            value = bound.arguments[parameter.name]
-            if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
-                if value:
-                    raise ValueError(
-                        f"{type(self).__name__} got unnamed arguments, which a checkpoint can't hold; name them"
-                    )
-                continue
-            out.update(value if parameter.kind is inspect.Parameter.VAR_KEYWORD else {parameter.name: value})
-        return out
+    @abc.abstractmethod
+    def accept(self, token: int) -> None:
+        """This id came. Never raises: one that was not allowed (it was given) is followed by the best there is."""
 
 
 class ModalityTokenizer(Configured, abc.ABC):
@@ -167,6 +167,18 @@ class ModalityTokenizer(Configured, abc.ABC):
     @abc.abstractmethod
     def decode(self, encoded: Encoded) -> Decoded:
         """The inverse as far as it goes. Never raises on ids within the spec, whatever their number or order."""
+
+    def automaton(self) -> Automaton | None:
+        """A new automaton for one item of free length that is generated; None: any id may follow any."""
+        return None
+
+    def prefix(self, raw: Any, share: float) -> Encoded:
+        """The first ids of the item, as far as they hold nothing but the upper `share` (0 to 1) of a picture's rows: what is
+        kept where the rest is to be written anew. Raises `ValueError` as `encode`, and where the tokenizer can't tell."""
+        raise ValueError(
+            f"{type(self).__name__} can't tell which of its ids hold a part of a picture, so that no part can be kept; leave "
+            "image and mask out"
+        )
 
     def embedding(self, width: int) -> nn.Module:
         """How the backbone reads vectors: a new module (…, D) → (…, width), trained with the model. A linear map, unless the
@@ -221,9 +233,16 @@ class Order(Configured, abc.ABC):
     """Whether an item's elements are evaluated once more beside its clean positions, and the cache needs room for both."""
     ends: bool = False
     """Whether its items may end before the extent they announced (`Spec.stop`)."""
+    free: bool = False
+    """Whether it makes lists of free length (`Spec.is_free`)."""
 
-    def check(self, spec: Spec) -> None:  # noqa: B027 most orders take every kind of token
+    def check(self, spec: Spec) -> None:
         """Raises `ValueError` for a tokenizer whose tokens this order can't lay out."""
+        if spec.is_free and not self.free:
+            raise ValueError(
+                f"{type(self).__name__} must know an item's extent beforehand, but this tokenizer makes lists of free length; "
+                "use the raster order"
+            )
 
     def places(self, count: int, spec: Spec) -> int:
         """Clean positions that an item of `count` elements takes."""
@@ -246,7 +265,7 @@ class Order(Configured, abc.ABC):
     ) -> Session:
         """The step plan that generates one item of this grid. `known` = (content, which of it is given): inpainting, prefix
         completion; orders that cannot honour it raise `ValueError`. `dim`: width of its vectors; `num_codes`: sub-codes of an
-        element; both 0 = it has ids."""
+        element; both 0 = it has ids. An empty grid: a list of free length, whose given elements are as many as they are."""
 
 
 class Session(abc.ABC):
@@ -256,6 +275,8 @@ class Session(abc.ABC):
     """An autoregressive session says by `settled` what enters the cache; otherwise its elements do, one by one, as they are."""
     stop: int = -1
     """As `Spec.stop`; the engine sets it."""
+    most: int = 0
+    """Elements that there is room for, of a list of free length; the engine sets it."""
 
     @abc.abstractmethod
     def propose(self) -> Proposal | None:
@@ -286,7 +307,7 @@ class Proposal:
     """True: the row's last hidden state predicts the one next element, which is then fed and kept in the cache.
     False: the positions of `layout` are fed (not kept), and those with target >= 0 are sampled, in stream order."""
     done: float
-    """Fraction of the item that is generated, for guidance schedules."""
+    """Fraction of the item that is generated, for guidance schedules; of a list of free length, fraction of its room."""
     content: Tensor | None = None
     """What the fed positions hold, element by element (any value where time = 1)."""
     layout: Layout | None = None
