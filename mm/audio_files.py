@@ -2,8 +2,9 @@
 
 WAV, FLAC, Ogg and MP3 (and AIFF, AU, CAF) go through libsndfile (`soundfile`); MP4 and M4A, WebM and bare AAC through
 FFmpeg (`av`, of the extra `video`). A file's first bytes decide, not its name, and only the reader of that one kind
-is tried. What FFmpeg decodes may end (bare AAC: begin) with up to 50 ms of an encoder's silence. No block takes more
-than `BLOCK` samples, so a header that lies about lengths costs no memory.
+is tried. The silence with which encoders fill their first and last frames is taken off where the file says how much it is
+(MP4 and M4A; WebM as far as FFmpeg knows); bare AAC doesn't say, and keeps it. No block takes more than `BLOCK` samples, so
+a header that lies about lengths costs no memory.
 
 Letters in shapes: S samples.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import io
 import os
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -27,6 +29,8 @@ MAX_RATE = 768_000
 MAX_CHANNELS = 64
 BLOCK = 1 << 18
 """Samples of all channels that are decoded at a time (1 MiB as float32)."""
+PADDING = 1 << 12
+"""Most samples that an encoder adds at the end: a frame of AAC has 1,024, in its variants up to 4,096."""
 KNOWN = "WAV, FLAC, Ogg, MP3, AIFF, AU, CAF, M4A, WebM"
 
 
@@ -206,6 +210,8 @@ def _through_ffmpeg(file: IO[bytes], name: str, max_seconds: float, reader: str)
             raise ValueError(f"{name} has no sound track")
         planes, rate = av.AudioResampler(format="fltp"), 0
         decoding = _av_frames(container, planes)
+        if reader == "mov":
+            decoding = _unpadded(decoding, container.streams.audio[0])
         while True:
             try:
                 found = next(decoding, None)
@@ -224,11 +230,35 @@ def _through_ffmpeg(file: IO[bytes], name: str, max_seconds: float, reader: str)
                 yield rate, average(block[start : start + BLOCK // block.shape[1]])
 
 
-def _av_frames(container: Any, planes: Any) -> Iterator[tuple[int, np.ndarray[Any, Any]]]:
+Frames = Iterator[tuple[int, np.ndarray[Any, Any]]]
+"""(rate, samples [S, channels]) again and again."""
+
+
+def _av_frames(container: Any, planes: Any) -> Frames:
     for frame in container.decode(container.streams.audio[0]):
         for plane in planes.resample(frame):
             if plane.samples:
                 yield plane.sample_rate, plane.to_ndarray().T
+
+
+def _unpadded(frames: Frames, stream: Any) -> Frames:
+    """Without what the last frame has beyond the length of the track. A length that differs by more is not believed."""
+    held: deque[tuple[int, np.ndarray[Any, Any]]] = deque()
+    waiting = count = 0
+    for rate, block in frames:
+        held.append((rate, block))
+        waiting, count = waiting + len(block), count + len(block)
+        while waiting - len(held[0][1]) >= PADDING:
+            waiting -= len(held[0][1])
+            yield held.popleft()
+    if held and stream.duration:
+        extra = count - round(stream.duration * stream.time_base * held[0][0])
+        while 0 < extra <= PADDING and held:
+            rate, block = held.pop()
+            if extra < len(block):
+                held.append((rate, block[: len(block) - extra]))
+            extra -= len(block)
+    yield from held
 
 
 def _short(error: BaseException) -> str:
