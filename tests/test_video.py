@@ -1,0 +1,89 @@
+"""Video in and out: what is written comes back, rates and sizes, and what is refused."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mm.video import Video, load_video, resample_frames, save_video, square
+
+
+def film(count: int = 8, height: int = 24, width: int = 32) -> Any:
+    """Flat colours on black: a bar that grows; frame 3 repeats frame 2."""
+    frames = np.zeros((count, height, width, 3), dtype=np.uint8)
+    for number in range(count):
+        frames[number, 4:12, 2 : 6 + 2 * min(number, 12)] = (200, 30, 10 * number)
+    if count > 3:
+        frames[3] = frames[2]
+    return frames
+
+
+@pytest.mark.parametrize("ending", [".gif", ".apng", ".webp"])
+@pytest.mark.parametrize("fps", [8, 12.5, 10.0])
+def test_animations_come_back_exactly(tmp_path: Path, ending: str, fps: float) -> None:
+    frames = film()
+    save_video(tmp_path / f"x{ending}", frames, fps)
+    for source in (tmp_path / f"x{ending}", (tmp_path / f"x{ending}").read_bytes()):
+        video = load_video(source)
+        assert np.array_equal(video.frames, frames)
+        assert video.fps == pytest.approx(fps, rel=1e-3)
+    assert [path.name for path in tmp_path.iterdir()] == [f"x{ending}"]
+
+
+def test_arrays_and_lists_of_frames() -> None:
+    frames = film()
+    assert np.array_equal(load_video(frames).frames, frames)
+    assert load_video(frames).fps == 10
+    grey = load_video(frames[..., 0])
+    assert np.array_equal(grey.frames, frames[..., :1].repeat(3, -1))
+    clear = np.concatenate([frames, np.zeros_like(frames[..., :1])], axis=-1)
+    assert (load_video(clear).frames == 255).all()
+    given = load_video([Image.fromarray(frame) for frame in frames])
+    assert np.array_equal(given.frames, frames)
+    with pytest.raises(ValueError, match="frame 2 is 30×24, but those before it are 32×24"):
+        load_video([frames[0], frames[0][:, :30]])
+    assert load_video([frames[0], frames[0][:, :30]], size=8).frames.shape == (2, 8, 8, 3)
+    with pytest.raises(ValueError, match="has no frames"):
+        load_video([])
+    for wrong in (np.zeros((2, 4, 4, 3)), np.zeros((2, 4, 4, 2), np.uint8), np.zeros(3, np.uint8), [1, 2], {"a": 1}):
+        with pytest.raises(ValueError, match=r"(frame|array|got)"):
+            load_video(wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("frames", [film()[0], film().astype(np.float32), film()[:0], film()[..., :1], film()[:, :0]])
+def test_a_video_refuses_other_frames(frames: Any) -> None:
+    with pytest.raises(ValueError, match=r"frames of uint8 and the shape \[T, H, W, 3\]"):
+        Video(frames, 10)
+
+
+@pytest.mark.parametrize("fps", [0, -1, float("nan"), float("inf"), 1001, "x", None])
+def test_a_video_refuses_impossible_rates(fps: Any) -> None:
+    with pytest.raises(ValueError, match="the rate of a video is more than 0"):
+        Video(film(), fps)
+
+
+def test_rates_and_sizes() -> None:
+    video = Video(film(12), 12)
+    assert len(video) == 12 and video.seconds == 1 and video.size == (32, 24)
+    assert np.array_equal(resample_frames(video, 6).frames, video.frames[::2])
+    assert np.array_equal(resample_frames(video, 36).frames, video.frames.repeat(3, 0))
+    assert resample_frames(video, 12) is video
+    assert np.array_equal(resample_frames(video, 0.1).frames, video.frames[:1])
+    assert np.array_equal(resample_frames(video, 5).frames, video.frames[[0, 2, 4, 7, 9]])
+    assert np.array_equal(load_video(video, fps=5).frames, resample_frames(video, 5).frames)
+    small = square(video, 12)
+    assert small.frames.shape == (12, 12, 12, 3)
+    # cropped in the middle: 4 columns on either side are gone, and every second row
+    assert np.array_equal(square(Video(film()[:, :, 4:28], 1), 24).frames, film()[:, :, 4:28])
+    assert np.array_equal(square(Video(film(), 1), 24).frames, film()[:, :, 4:28])
+
+
+def test_a_still_picture_is_a_video_of_one_frame() -> None:
+    data = io.BytesIO()
+    Image.fromarray(film()[1]).save(data, "PNG")
+    assert np.array_equal(load_video(data.getvalue()).frames, film()[1:2])
