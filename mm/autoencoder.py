@@ -11,7 +11,7 @@ Letters in shapes: B batch, C channels, H rows, W columns, D latent channels.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from mm import saved
 
 
-def _norm(channels: int) -> nn.GroupNorm:
+def norm(channels: int) -> nn.GroupNorm:
     # Sixteen channels a group where that divides; one group otherwise (tiny test models).
     return nn.GroupNorm(channels // 16 if channels % 16 == 0 else 1, channels, eps=1e-6)
 
 
-def _zero(layer: nn.Conv2d) -> nn.Conv2d:
+def zero(layer: nn.Conv2d) -> nn.Conv2d:
     """Zero weights: a residual branch that begins as the identity."""
     nn.init.zeros_(layer.weight)
     if layer.bias is not None:
@@ -40,10 +40,10 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.norm1 = _norm(channels)
+        self.norm1 = norm(channels)
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.norm2 = _norm(channels)
-        self.conv2 = _zero(nn.Conv2d(channels, channels, 3, padding=1))
+        self.norm2 = norm(channels)
+        self.conv2 = zero(nn.Conv2d(channels, channels, 3, padding=1))
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
         h = self.conv1(F.silu(self.norm1(x)))
@@ -56,10 +56,10 @@ class SeparableBlock(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.norm = _norm(channels)
+        self.norm = norm(channels)
         self.depthwise = nn.Conv2d(channels, channels, 5, padding=2, groups=channels)
         self.widen = nn.Conv2d(channels, 3 * channels, 1)
-        self.narrow = _zero(nn.Conv2d(3 * channels, channels, 1))
+        self.narrow = zero(nn.Conv2d(3 * channels, channels, 1))
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
         return x + self.narrow(F.silu(self.widen(self.depthwise(self.norm(x)))))
@@ -71,9 +71,9 @@ class SpatialAttention(nn.Module):
     def __init__(self, channels: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.norm = _norm(channels)
+        self.norm = norm(channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
-        self.out = _zero(nn.Conv2d(channels, channels, 1))
+        self.out = zero(nn.Conv2d(channels, channels, 1))
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
         batch, channels, rows, columns = x.shape
@@ -84,15 +84,35 @@ class SpatialAttention(nn.Module):
 
 
 def principal_components(
-    x: Float[Tensor, "B 3 H W"], side: int, most: int
+    x: Float[Tensor, "B C H W"], side: int, most: int
 ) -> tuple[Float[Tensor, " P"], Float[Tensor, "K P"], Float[Tensor, " K"]]:
-    """Of squares of side×side pixels as vectors (P = 3·side²): their mean, the K = min(most, P) axes of largest spread, and the
+    """Of squares of side×side pixels as vectors (P = C·side²): their mean, the K = min(most, P) axes of largest spread, and the
     deviation along each."""
-    squares = F.pixel_unshuffle(x.float(), side).permute(0, 2, 3, 1).reshape(-1, 3 * side * side)
+    squares = F.pixel_unshuffle(x.float(), side).permute(0, 2, 3, 1).flatten(0, 2)
     kept = min(most, squares.shape[1])
     centre = squares.mean(0)
     variance, axes = torch.linalg.eigh((squares - centre).T @ (squares - centre) / len(squares))
     return centre, axes.flip(1)[:, :kept].T, variance.flip(0)[:kept].clamp_min(1e-8).sqrt()
+
+
+@torch.no_grad()
+def begin_linear(encoder: Encoder, decoder: Decoder, x: Float[Tensor, "B C H W"], side: int) -> None:
+    """Let an encoder of Gaussian latents and its decoder begin as the best linear code of squares of side×side pixels: their
+    principal components, each scaled to unit variance, which is also what the divergence asks for."""
+    inward, outward = encoder.linear[1], decoder.linear[0]
+    assert isinstance(inward, nn.Conv2d) and isinstance(outward, nn.Conv2d)
+    assert inward.bias is not None and outward.bias is not None
+    latent = outward.in_channels
+    centre, axes, spread = principal_components(x, side, latent)
+    kept = len(axes)
+    for values in (inward.weight, inward.bias, outward.weight, outward.bias):
+        nn.init.zeros_(values)
+    inward.weight[:kept, :, 0, 0] = axes / spread[:, None]
+    inward.bias[:kept] = -(axes @ centre) / spread
+    # a deviation that costs little of a picture, whatever the component's share in it
+    inward.bias[latent : latent + kept] = 2 * torch.log(0.05 / spread).clamp(max=0)
+    outward.weight[:, :kept, 0, 0] = axes.T * spread
+    outward.bias.copy_(centre)
 
 
 BLOCKS = {"residual": ResidualBlock, "separable": SeparableBlock}
@@ -134,10 +154,15 @@ def check_shape(c: Mapping[str, Any]) -> None:
         raise ValueError(f"attention_heads must divide the coarsest width, got {heads}")
 
 
-def _stage(block: BlockName, channels: int, blocks: int, attention_heads: int) -> list[nn.Module]:
+Mixer = Callable[[int], nn.Module]
+
+
+def _stage(block: BlockName, channels: int, blocks: int, attention_heads: int, mixer: Mixer | None) -> list[nn.Module]:
     layers: list[nn.Module] = []
     for _ in range(blocks):
         layers.append(BLOCKS[block](channels))
+        if mixer is not None:
+            layers.append(mixer(channels))
         if attention_heads:
             layers.append(SpatialAttention(channels, attention_heads))
     return layers
@@ -155,6 +180,8 @@ class Encoder(nn.Module):
         latent: D, channels of the result.
         patch: side of the pixel squares that the first layer of the network reads as one position.
         attention_heads: heads of self-attention after each block of the coarsest level; 0 = none.
+        colours: numbers of a pixel; a clip has those of several frames (`mm.video_autoencoder`).
+        mixer: makes what follows each block, of its width.
     """
 
     def __init__(
@@ -166,16 +193,18 @@ class Encoder(nn.Module):
         patch: int,
         attention_heads: int,
         block: BlockName = "residual",
+        colours: int = 3,
+        mixer: Mixer | None = None,
     ) -> None:
         super().__init__()
         downsample = patch << (len(widths) - 1)
-        self.linear = nn.Sequential(nn.PixelUnshuffle(downsample), nn.Conv2d(3 * downsample**2, latent, 1))
-        layers: list[nn.Module] = [nn.PixelUnshuffle(patch), nn.Conv2d(3 * patch**2, widths[0], 3, padding=1)]
+        self.linear = nn.Sequential(nn.PixelUnshuffle(downsample), nn.Conv2d(colours * downsample**2, latent, 1))
+        layers: list[nn.Module] = [nn.PixelUnshuffle(patch), nn.Conv2d(colours * patch**2, widths[0], 3, padding=1)]
         for finer, width in itertools.pairwise(widths):
-            layers += _stage(block, finer, blocks, 0)
+            layers += _stage(block, finer, blocks, 0, mixer)
             layers.append(nn.Conv2d(finer, width, 2, stride=2))
-        layers += _stage(block, widths[-1], blocks, attention_heads)
-        layers += [_norm(widths[-1]), nn.SiLU(), _zero(nn.Conv2d(widths[-1], latent, 1))]
+        layers += _stage(block, widths[-1], blocks, attention_heads, mixer)
+        layers += [norm(widths[-1]), nn.SiLU(), zero(nn.Conv2d(widths[-1], latent, 1))]
         self.network = nn.Sequential(*layers)
 
     def forward(self, x: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B D h w"]:
@@ -194,18 +223,20 @@ class Decoder(nn.Module):
         patch: int,
         attention_heads: int,
         block: BlockName = "residual",
+        colours: int = 3,
+        mixer: Mixer | None = None,
     ) -> None:
         super().__init__()
         downsample = patch << (len(widths) - 1)
-        self.linear = nn.Sequential(nn.Conv2d(latent, 3 * downsample**2, 1), nn.PixelShuffle(downsample))
+        self.linear = nn.Sequential(nn.Conv2d(latent, colours * downsample**2, 1), nn.PixelShuffle(downsample))
         layers: list[nn.Module] = [nn.Conv2d(latent, widths[-1], 3, padding=1)]
-        layers += _stage(block, widths[-1], blocks, attention_heads)
+        layers += _stage(block, widths[-1], blocks, attention_heads, mixer)
         for coarser, width in itertools.pairwise(reversed(widths)):
             # The mirror of the strided layer: nothing is spent on neighbours, which the blocks see to.
             layers += [nn.Conv2d(coarser, 4 * width, 1), nn.PixelShuffle(2)]
-            layers += _stage(block, width, blocks, 0)
-        last = _zero(nn.Conv2d(widths[0], 3 * patch**2, 3, padding=1))
-        layers += [_norm(widths[0]), nn.SiLU(), last, nn.PixelShuffle(patch)]
+            layers += _stage(block, width, blocks, 0, mixer)
+        last = zero(nn.Conv2d(widths[0], colours * patch**2, 3, padding=1))
+        layers += [norm(widths[0]), nn.SiLU(), last, nn.PixelShuffle(patch)]
         self.network = nn.Sequential(*layers)
 
     @property

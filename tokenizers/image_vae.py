@@ -14,18 +14,18 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from mm import saved
-from mm.autoencoder import BlockName, Decoder, Encoder, check_shape, principal_components
+from mm.autoencoder import BlockName, Decoder, Encoder, begin_linear, check_shape
+from mm.latent_grids import GaussianGrids, check_gaussian
 from mm.latent_pictures import TrainedPictures, check_pack
 from mm.latents import Kind, LatentNormalizer
-from mm.trainable import Reconstruction
 
 MAX_CHANNELS = 256
 
 
-class ImageVAE(TrainedPictures):
+class ImageVAE(GaussianGrids, TrainedPictures):
     """Convolutional picture tokenizer with vectors.
 
     Args:
@@ -92,13 +92,7 @@ class ImageVAE(TrainedPictures):
 
     def _build(self, c: dict[str, Any]) -> None:
         check_shape(c)
-        saved.whole_number("latent", c["latent"])
-        if not 1 <= c["latent"] <= MAX_CHANNELS:
-            raise ValueError(f"latent must be in 1..{MAX_CHANNELS}, got {c['latent']}")
-        for name in ("kl", "noise"):
-            saved.number(name, c[name], 0)
-        if c["noise"] and c["normalizer"] != "token":
-            raise ValueError(f"noise needs the normalizer token, got {c['noise']} with {c['normalizer']}")
+        check_gaussian(c, MAX_CHANNELS)
         check_pack(c["pack"])
         self.config = c
         width = c["latent"] * c["pack"] ** 2
@@ -112,24 +106,11 @@ class ImageVAE(TrainedPictures):
     # ---- tensors -----------------------------------------------------------------------------------------------------
 
     def distribution(self, x: Float[Tensor, "B 3 H W"]) -> tuple[Float[Tensor, "B C h w"], Float[Tensor, "B C h w"]]:
-        """Mean and log-variance of the latents."""
         mean, log_variance = self.encoder(x).chunk(2, dim=1)
         return mean, log_variance.clamp(-30.0, 20.0)
 
-    def latents(self, x: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B C h w"]:
-        return self.distribution(x)[0]
-
     def pixels(self, z: Float[Tensor, "B C h w"]) -> Float[Tensor, "B 3 H W"]:
         return self.decoder(z)
-
-    def reconstruct(self, batch: Float[Tensor, "B 3 H W"]) -> Reconstruction:
-        mean, log_variance = self.distribution(batch)
-        divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).float().mean()
-        z = mean + (0.5 * log_variance).exp() * torch.randn_like(mean) if self.training else mean
-        if self.normalizer.kind == "token":
-            grid, rows = self.rows(z)
-            z = self.map(self.roughened(self.normalizer(rows)), grid)
-        return Reconstruction(self.decoder(z), None, self.config["kl"] * divergence)
 
     def last_layer(self) -> Tensor:
         return self.decoder.last.weight
@@ -138,20 +119,7 @@ class ImageVAE(TrainedPictures):
     def warm_start(self, x: Float[Tensor, "B 3 H W"]) -> None:
         """Begin as the best linear code of single squares of pixels: their principal components, each scaled to unit
         variance, which is also what the divergence asks for. The networks begin at zero."""
-        latent = self.config["latent"]
-        centre, axes, spread = principal_components(x, self.downsample, latent)
-        kept = len(axes)
-        inward, outward = self.encoder.linear[1], self.decoder.linear[0]
-        assert isinstance(inward, nn.Conv2d) and isinstance(outward, nn.Conv2d)
-        assert inward.bias is not None and outward.bias is not None
-        for values in (inward.weight, inward.bias, outward.weight, outward.bias):
-            nn.init.zeros_(values)
-        inward.weight[:kept, :, 0, 0] = axes / spread[:, None]
-        inward.bias[:kept] = -(axes @ centre) / spread
-        # a deviation that costs little of a picture, whatever the component's share in it
-        inward.bias[latent : latent + kept] = 2 * torch.log(0.05 / spread).clamp(max=0)
-        outward.weight[:, :kept, 0, 0] = axes.T * spread
-        outward.bias.copy_(centre)
+        begin_linear(self.encoder, self.decoder, x, self.downsample)
         self.weights_changed()
 
     @classmethod
