@@ -8,12 +8,17 @@ In generation a block starts as noise; each step of the sampler is one pass over
 clean elements are fed once and stay in the cache (Liu et al. 2024, ARDiT, section 3.3: N + 1 passes a block).
 
 To fill in the middle, what is given before and behind comes first: one order number for all of it, clean, seen by every block.
+
+Video goes by whole frames (Gao et al. 2024, ViD-GPT and Ca2-VDM: causal over time, full within a chunk of frames): frames that
+are given are the first blocks, the first one shorter where they don't fill it. So that a long rollout doesn't drift, the
+clean copies may be read with a little noise in training, and generated frames enter the cache with some.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,7 +35,8 @@ class Blocks(Order):
 
     Args:
         block: elements of a block; 0 = the whole item is one (Transfusion).
-        shift: in training the blocks begin at a random place (ARDiT), so that every element stands everywhere in a block.
+        shift: in training the blocks begin at a random place (ARDiT), so that every element, or every frame, stands everywhere in
+            a block. It is also what lets any number of given elements (frames) be gone on from.
         process: from data to noise.
         sampler: from noise to data, unless `Sampling.denoising_steps`, or else `Sampling.steps`, asks for another number of
             steps.
@@ -39,6 +45,11 @@ class Blocks(Order):
         along: as `Order.along`.
         time_condition: the backbone is told a noisy position's time by a vector that is added to it. Not needed where it
             has AdaLN (`backbone: {adaln: true}`).
+        frames: instead of `block`: steps of the grid's slowest axis a block, each with all that stands at it.
+        augment: in training, what later blocks see of a block is read at a time drawn evenly from 0 to this (one a block), and
+            the backbone is told so (Ca2-VDM, `prefix_perturb_t`: 100 of 1000).
+        augment_sampling: the time at which generated blocks enter the cache; `augment` at the most (Ca2-VDM: 50 of 1000). The
+            item itself stays as it was generated.
     """
 
     def __init__(
@@ -50,36 +61,52 @@ class Blocks(Order):
         time_condition: bool = True,
         infill: float = 0.0,
         along: bool = False,
+        frames: int = 0,
+        augment: float = 0.0,
+        augment_sampling: float = 0.0,
     ) -> None:
-        if block < 0:
-            raise ValueError(f"a block has at least one element (0: the whole item is one), got {block}")
+        if min(block, frames) < 0:
+            raise ValueError(f"a block has at least one element (0: the whole item is one), got {min(block, frames)}")
+        if block and frames:
+            raise ValueError(f"a block is counted in elements or in frames; got block {block} and frames {frames}")
+        if not 0 <= augment_sampling <= augment < 1:
+            raise ValueError(
+                "what is before a block is read at a time from 0 to below 1, and in generation at no later one than in training; "
+                f"got augment {augment} and augment_sampling {augment_sampling}"
+            )
         if not 0 <= infill <= 1:
             raise ValueError(f"infill is a probability between 0 and 1, got {infill}")
         self.infill, self.along = infill, along
-        self.block, self.shift, self.time_condition = block, shift, time_condition
+        self.block, self.frames, self.shift, self.time_condition = block, frames, shift, time_condition
+        self.augment, self.augment_sampling = augment, augment_sampling
         self.process, self.sampler = settings(Process, process), settings(Sampler, sampler)
         self.sampler.plan(self.process)  # a pair that can't work is refused now
 
-    def blocks(self, count: int, begin: int = 0) -> Int[Tensor, " N"]:
-        """The block of each element; the first block is `begin` elements shorter than the others."""
-        if not self.block:
-            return torch.zeros(count, dtype=torch.int64)
-        return (torch.arange(count) + begin) // self.block
+    def unit(self, grid: tuple[int, ...]) -> int:
+        """Elements that no block divides: those of a frame, or one."""
+        return math.prod(grid[1:]) if self.frames else 1
+
+    def size(self, grid: tuple[int, ...]) -> int:
+        """Elements of a block of an item of this grid."""
+        return self.unit(grid) * (self.block or self.frames) or max(1, math.prod(grid))
 
     def layout(self, encoded: Encoded, *, context: bool, rng: torch.Generator) -> Layout:
-        count = len(encoded)
+        count, unit, size = len(encoded), self.unit(encoded.grid), self.size(encoded.grid)
         element, place = torch.arange(count), coordinates(encoded.grid)
         if context:
-            return self.positions(element, self.blocks(count), place, torch.zeros(count), noisy=False)
+            return self.positions(element, blocks(count, size), place, torch.zeros(count), noisy=False)
         given = torch.zeros(count, dtype=torch.bool)
         if self.infill and float(torch.rand((), generator=rng)) < self.infill and count:
-            length = 1 + int(torch.randint(count, (), generator=rng))
-            first = int(torch.randint(count - length + 1, (), generator=rng))
-            given = (element < first) | (element >= first + length)
-        begin = int(torch.randint(self.block, (), generator=rng)) if self.shift and self.block > 1 else 0
-        number, learned = self.numbers(given, begin), element[~given]
-        time = self.process.draw_time(int(number.max()) + 1 if count else 0, rng)[number[learned]]
-        clean = self.positions(element, number, place, torch.zeros(count), noisy=False)
+            length = 1 + int(torch.randint(count // unit, (), generator=rng))
+            first = int(torch.randint(count // unit - length + 1, (), generator=rng))
+            given = (element < first * unit) | (element >= (first + length) * unit)
+        places = self.block or self.frames
+        begin = unit * int(torch.randint(places, (), generator=rng)) if self.shift and places > 1 else 0
+        number, learned = numbers(given, size, begin), element[~given]
+        total = int(number.max()) + 1 if count else 0
+        time = self.process.draw_time(total, rng)[number[learned]]
+        read = self.augment * torch.rand(total, generator=rng)[number] if self.augment else torch.zeros(count)
+        clean = self.positions(element, number, place, read, noisy=False)
         noisy = self.positions(learned, number[learned], place[learned], time, noisy=True)
         return Layout(
             element=torch.cat((element, learned)),
@@ -91,12 +118,6 @@ class Blocks(Order):
             enters=False,
             inject={name: torch.cat((clean.inject[name], noisy.inject[name])) for name in clean.inject},
         )
-
-    def numbers(self, given: Bool[Tensor, " N"], begin: int = 0) -> Int[Tensor, " N"]:
-        """The order of each element: 0 for what is given, if anything is, and then the others block by block."""
-        number = torch.zeros(len(given), dtype=torch.int64)
-        number[~given] = self.blocks(int((~given).sum()), begin) + int(given.any())
-        return number
 
     def positions(
         self, element: Tensor, block: Tensor, place: Float[Tensor, "P 3"], time: Float[Tensor, " P"], *, noisy: bool
@@ -132,6 +153,18 @@ class Blocks(Order):
         return BlocksSession(self, grid, sampling, rng, known, dim)
 
 
+def blocks(count: int, size: int, begin: int = 0) -> Int[Tensor, " N"]:
+    """The block of each element; the first block is `begin` elements shorter than the others."""
+    return (torch.arange(count) + begin) // size
+
+
+def numbers(given: Bool[Tensor, " N"], size: int, begin: int = 0) -> Int[Tensor, " N"]:
+    """The order of each element: 0 for what is given, if anything is, and then the others block by block."""
+    number = torch.zeros(len(given), dtype=torch.int64)
+    number[~given] = blocks(int((~given).sum()), size, begin) + int(given.any())
+    return number
+
+
 class BlocksSession(Session):
     """Block after block. Given elements are fed clean: as the first blocks, where they fill them and no others and training
     showed whole items too (`infill` below 1), or else all at once, and the blocks are made of what is left."""
@@ -149,10 +182,13 @@ class BlocksSession(Session):
         self.plan = order.sampler.plan(order.process, sampling.denoising_steps or sampling.steps)
         self.temperature = sampling.temperature
         self.count, self.place = math.prod(grid), coordinates(grid)
-        self.block = order.blocks(self.count)
+        self.unit, self.size = order.unit(grid), order.size(grid)
+        self.block = blocks(self.count, self.size)
         self.total = int(self.block.max()) + 1
         self.values = torch.zeros(self.count, dim)
         self.current, self.step, self.fresh = 0, 0, list[int]()
+        self.read = 0.0
+        """The time at which fresh elements enter the cache: given ones as they are."""
         if known is not None:
             self._give(*known)
         self._begin()
@@ -162,26 +198,33 @@ class BlocksSession(Session):
             raise ValueError(
                 f"given elements cover {len(content)} and {len(given)} places, but the grid has {self.count}"
             )
+        order, number = self.order, int(given.sum())
+        leads = number % self.unit == 0 and bool(given[:number].all())
+        if leads and order.shift and (order.frames or not order.infill):  # then blocks began anywhere in training
+            self._blocks(blocks(self.count, self.size, -number % self.size))
         whole = [bool(given[self.block == number].all()) for number in range(self.total)]
         first = whole.index(False) if False in whole else self.total
-        always = self.order.infill >= 1  # then training never showed blocks that came first one by one
-        if always or int(given.sum()) != int((self.block < first).sum()):
-            if not self.order.infill:
+        always = order.infill >= 1  # then training never showed blocks that came first one by one
+        if always or number != int((self.block < first).sum()):
+            if not order.infill:
                 raise ValueError(
                     "this blocks order was trained without infill, and can keep given elements only as whole blocks at the "
-                    f"start: {first} of {self.total} blocks are, but {int(given.sum())} elements are given"
+                    f"start: {first} of {self.total} blocks are, but {number} elements are given"
                 )
-            self.block, first = self.order.numbers(given), int(given.any())
-            self.total = int(self.block.max()) + 1
+            self._blocks(numbers(given, self.size))
+            first = int(given.any())
         self.values[given] = content[given].float()
         self.current, self.fresh = first, given.nonzero()[:, 0].tolist()
+
+    def _blocks(self, block: Int[Tensor, " N"]) -> None:
+        self.block, self.total = block, int(block.max()) + 1
 
     def _begin(self) -> None:
         """Noise for the current block."""
         if self.current >= self.total:
             return
-        rows = int((self.block == self.current).sum())
-        self.noise = iter(self.plan.noise(rows, self.dim, self.rng, self.temperature))
+        self.element = (self.block == self.current).nonzero()[:, 0]
+        self.noise = iter(self.plan.noise(len(self.element), self.dim, self.rng, self.temperature))
         self.x, self.step = next(self.noise), 0
         self.memory: Tensor | None = None
 
@@ -189,13 +232,17 @@ class BlocksSession(Session):
         if not self.fresh:
             return None
         element, self.fresh = torch.tensor(self.fresh), []
-        zero = torch.zeros(len(element))
-        return self.order.positions(element, self.block[element], self.place[element], zero, noisy=False)
+        time = torch.full((len(element),), self.read)
+        layout = self.order.positions(element, self.block[element], self.place[element], time, noisy=False)
+        if not self.read:
+            return layout
+        noise = torch.randn(len(element), self.dim, generator=self.rng)
+        return replace(layout, reads=self.order.process.corrupt(self.values[element], noise, time))
 
     def propose(self) -> Proposal | None:
         if self.current >= self.total:
             return None
-        element = (self.block == self.current).nonzero()[:, 0]
+        element = self.element
         time = self.plan.time[self.step].expand(len(element))
         layout = self.order.positions(element, self.block[element], self.place[element], time, noisy=True)
         done = (self.current + self.step / len(self.plan.steps)) / self.total
@@ -208,11 +255,10 @@ class BlocksSession(Session):
         self.x, self.memory = self.plan.advance(self.step, self.x, sample, self.memory, self.noise)
         self.step += 1
         if self.step == len(self.plan.steps):
-            element = (self.block == self.current).nonzero()[:, 0]
             self.values = self.values.clone()
-            self.values[element] = self.x
-            self.fresh += element.tolist()
-            self.current += 1
+            self.values[self.element] = self.x
+            self.fresh += self.element.tolist()
+            self.current, self.read = self.current + 1, self.order.augment_sampling
             self._begin()
 
     def content(self) -> Tensor:
