@@ -16,6 +16,9 @@ if TYPE_CHECKING:  # what `__getattr__` finds at run time, for type checkers and
     from mm.pipelines.text_to_image import TextToImagePipeline as TextToImagePipeline
     from mm.pipelines.text_to_speech import Edit as Edit
     from mm.pipelines.text_to_speech import TextToSpeechPipeline as TextToSpeechPipeline
+    from mm.pipelines.text_to_video import TextToVideoPipeline as TextToVideoPipeline
+    from mm.video import Video as Video
+    from mm.video import load_video as load_video
 
 __version__ = "0.1.0"
 
@@ -27,7 +30,10 @@ _LAZY = {
     "SpeechToTextPipeline": "mm.pipelines.speech_to_text",
     "TextToImagePipeline": "mm.pipelines.text_to_image",
     "TextToSpeechPipeline": "mm.pipelines.text_to_speech",
+    "TextToVideoPipeline": "mm.pipelines.text_to_video",
+    "Video": "mm.video",
     "load_audio": "mm.audio",
+    "load_video": "mm.video",
 }
 
 __all__ = [
@@ -38,8 +44,11 @@ __all__ = [
     "SpeechToTextPipeline",
     "TextToImagePipeline",
     "TextToSpeechPipeline",
+    "TextToVideoPipeline",
+    "Video",
     "__version__",
     "load_audio",
+    "load_video",
 ]
 
 

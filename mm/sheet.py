@@ -1,4 +1,4 @@
-"""Contact sheets: pictures side by side on white, with captions below."""
+"""Contact sheets: pictures side by side on white, or frames of clips, with captions below."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import math
 import unicodedata
 from collections.abc import Sequence
 
+import numpy as np
+from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 GAP = 4
@@ -67,6 +69,31 @@ def grid(
             place = (left + (width * scale - font.getlength(words)) / 2, top + height * scale + 1)
             draw.text(place, words, fill="black", font=font)
     return sheet
+
+
+def strips(
+    clips: Sequence[UInt8[np.ndarray, "T H W 3"]],
+    captions: Sequence[str] | None = None,
+    columns: int = 8,
+    scale: int | None = None,
+) -> Image.Image:
+    """One RGB picture of many clips, each a row of at most `columns` of its frames, spread evenly from its first to its last;
+    `captions` and `scale` as in `grid`, by default about 64 pixels a frame. Raises `ValueError` as `grid`, and for a clip
+    without frames."""
+    if any(not len(clip) for clip in clips):
+        raise ValueError("a clip has no frames to show; leave it out")
+    if columns < 1:
+        raise ValueError(f"a sheet needs at least one column, got {columns}")
+    rows = []
+    for clip in clips:
+        count = min(columns, len(clip))
+        frames = clip[np.linspace(0, len(clip) - 1, count).round().astype(int)]
+        spaced = np.full((count, frames.shape[1], frames.shape[2] + 1, 3), 255, dtype=np.uint8)  # a line between frames
+        spaced[:, :, :-1] = frames
+        rows.append(Image.fromarray(np.concatenate(list(spaced), axis=1)[:, :-1]))
+    if scale is None and clips:
+        scale = max(1, round(64 / max(max(clip.shape[1:3]) for clip in clips)))
+    return grid(rows, 1, captions, scale)
 
 
 def shorten(text: str, width: float, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:

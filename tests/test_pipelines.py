@@ -265,7 +265,10 @@ def test_wrong_types_are_refused(wrong: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"image": None}, "got a NoneType for a picture; give a path, bytes, a binary file, a PIL picture, or a list"),
+        (
+            {"image": None},
+            "got a NoneType for a picture or clip; give a path, bytes, a binary file, a PIL picture, mm.Video, or a list",
+        ),
         ({"image": 3}, "got a int for a picture"),
         ({"image": [None]}, "got a NoneType for a picture"),
         ({"max_tokens": None}, "max_tokens must be a whole number, got None"),

@@ -1,12 +1,13 @@
-"""Text, pictures and sound in, the same out, in any order that the model was trained for."""
+"""Text, pictures, sound and video in, the same out, in any order that the model was trained for."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -14,12 +15,18 @@ from mm.audio import Audio
 from mm.generation import Grid, Request
 from mm.interfaces import Sampling
 from mm.layout import Segment
-from mm.pipelines.base import SOUNDS, Callback, Pipeline, check_count, choose_seed, several
+from mm.pipelines.base import Callback, Pipeline, check_count, choose_seed, several
+from mm.pipelines.media import CLIPS, SOUNDS, Medium
 from mm.pipelines.outputs import AnyOutput
+from mm.video import Video
+from mm.video_encoding import Frames
 
-Part = str | os.PathLike[str] | bytes | IO[bytes] | Image.Image | Audio
-"""A text (str); a picture: the path of a file as `pathlib.Path`, its bytes, an open binary file, or a PIL picture; or a sound:
-the path of a file whose ending says so, or `mm.Audio`. Bytes and open files are sounds for a model that has no pictures."""
+Part = str | os.PathLike[str] | bytes | IO[bytes] | Image.Image | Audio | Video | Frames
+"""A text (str); a picture: the path of a file as `pathlib.Path`, its bytes, an open binary file, or a PIL picture; a sound:
+the path of a file whose ending says so, or `mm.Audio`; a clip: the path of a file whose ending says so, `mm.video.Video`, or an
+array of frames. Bytes and open files are what the model has: pictures, else sounds, else clips."""
+MEDIA: tuple[Medium, ...] = ("picture", "sound", "video")
+"""What bytes and open files are taken for: the first of these that the model has."""
 Document = Part | Sequence[Part]
 
 
@@ -80,21 +87,33 @@ class AnyToAnyPipeline(Pipeline):
         if any(not document for document in documents):
             raise ValueError("the document is empty; give at least one text, picture or sound")
         given: list[Any] = [part for document in documents for part in document if not isinstance(part, str)]
-        sounds = [self._is_sound(part) for part in given]
-        audible = iter(self.encode_sounds([part for part, sound in zip(given, sounds, strict=True) if sound]))
-        visible = iter(self.encode_pictures([part for part, sound in zip(given, sounds, strict=True) if not sound]))
-        encoded = iter([next(audible) if sound else next(visible) for sound in sounds])
+        media = [self._medium(part) for part in given]
+        encoders: dict[Medium, Callable[[list[Any]], list[Segment]]] = {
+            "sound": self.encode_sounds,
+            "video": self.encode_videos,
+            "picture": self.encode_pictures,
+        }
+        made = {
+            medium: iter(encode([part for part, its in zip(given, media, strict=True) if its == medium]))
+            for medium, encode in encoders.items()
+        }
+        encoded = iter([next(made[medium]) for medium in media])
         return [
             [self.encode_text(part) if isinstance(part, str) else next(encoded) for part in document]
             for document in documents
         ]
 
-    def _is_sound(self, part: Any) -> bool:
+    def _medium(self, part: Any) -> Medium:
+        if isinstance(part, Image.Image):
+            return "picture"
         if isinstance(part, Audio):
-            return True
-        if isinstance(part, os.PathLike):
-            return Path(part).suffix.lower() in SOUNDS
-        return not isinstance(part, Image.Image) and all(len(e.max_grid) != 2 for e in self.model.vocabulary.entries)
+            return "sound"
+        if isinstance(part, os.PathLike | Video | np.ndarray):
+            ending = Path(part).suffix.lower() if isinstance(part, os.PathLike) else ""
+            if ending in SOUNDS and not (ending in CLIPS and "video" in self.media):  # .mp4 and .webm may be both
+                return "sound"
+            return "video" if self.is_clip(part) else "picture"
+        return next((medium for medium in MEDIA if medium in self.media), "picture")
 
     def decode(self, segments: Sequence[Segment]) -> list[Any]:
         """The parts of one generated document: strings and what the other modalities' tokenizers decode to."""

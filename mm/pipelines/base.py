@@ -12,32 +12,29 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, Literal, TypedDict, TypeVar
 
+import numpy as np
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from mm import hub
-from mm.audio import READ, Audio, SoundSource, load_audio
+from mm.audio import Audio, SoundSource, load_audio
 from mm.generation import Engine, Event, Request
-from mm.interfaces import Encoded, ModalityTokenizer, Sampling
-from mm.layout import Segment
+from mm.interfaces import Decoded, Encoded, ModalityTokenizer, Sampling
+from mm.layout import NULL, Segment
 from mm.media import load_image
 from mm.model import MultimodalModel
+from mm.pipelines.media import ANIMATED, CLIPS, FILMS, SPEAKERS, Medium, longest, medium_of, most_frames
+from mm.video import Video, VideoSource, load_video
 
 P = TypeVar("P", bound="Pipeline")
 Callback = Callable[[Event], None]
 Picture = str | os.PathLike[str] | bytes | IO[bytes] | Image.Image
 """A path, the bytes of a file, an open binary file, or a PIL picture."""
-SOUNDS = frozenset(f".{name}" for name in READ)
-"""Endings of files that are taken for sounds, where a picture could stand too."""
-SPEAKERS = (
-    "models that speak or listen are those trained with mm fit -c configs/systems/ardit.yaml, musicgen.yaml or asr.yaml"
-)
-"""What to use instead of a model without sound."""
 SOUND_SECONDS = 600.0
 """Seconds of given sounds at which no more are loaded before these are encoded."""
 AT_ONCE = 1 << 24
-"""Pixels of given pictures at which no more are loaded before these are encoded (4096 × 4096)."""
+"""Pixels of given pictures and clips at which no more are loaded before these are encoded (4096 × 4096)."""
 MOST = 100_000
 """Most results of one call: they are kept until all are there."""
 
@@ -116,22 +113,31 @@ class Pipeline:
 
     @property
     def picture(self) -> str:
-        """Name of the first modality whose items have rows and columns. Raises `ValueError` where there is none."""
-        for entry in self.model.vocabulary.entries:
-            if len(entry.max_grid) == 2:
-                return entry.name
-        names = ", ".join(self.model.vocabulary.index)
-        raise ValueError(f"this model has no modality of pictures; it has {names}")
+        """Name of the first modality of pictures. Raises `ValueError` where there is none."""
+        return self._first("picture", "pictures; it has {}")
 
     @property
     def speech(self) -> str:
         """Name of the first modality beside the host whose tokenizer is one of sound. Raises `ValueError` where there is none."""
-        for modality in self.model.modalities[1:]:
-            if modality.tokenizer.spec.sample_rate > 0:
-                return modality.name
-        raise ValueError(
-            f"this model has no modality of sound; it has {', '.join(self.model.vocabulary.index)}; {SPEAKERS}"
+        return self._first("sound", f"sound; it has {{}}; {SPEAKERS}")
+
+    @property
+    def video(self) -> str:
+        """Name of the first modality beside the host whose tokenizer is one of video. Raises `ValueError` where there is none."""
+        return self._first("video", f"video; it has {{}}; {FILMS}")
+
+    @property
+    def media(self) -> frozenset[Medium]:
+        """What the model has beside text."""
+        return frozenset(
+            medium for modality in self.model.modalities[1:] if (medium := medium_of(modality.tokenizer.spec))
         )
+
+    def _first(self, medium: Medium, otherwise: str) -> str:
+        for modality in self.model.modalities[1:]:
+            if medium_of(modality.tokenizer.spec) == medium:
+                return modality.name
+        raise ValueError(f"this model has no modality of {otherwise.format(', '.join(self.model.vocabulary.index))}")
 
     def tokenizer(self, name: str) -> ModalityTokenizer:
         return self.model.modalities[self.model.vocabulary.index[name]].tokenizer
@@ -151,6 +157,16 @@ class Pipeline:
         if not isinstance(text, str):
             raise ValueError(f"got a {type(text).__name__} for a text; give a string")
         return Segment(self.text, self.tokenizer(self.text).encode(text), loss=False)
+
+    def encode_prompts(self, prompts: Sequence[str | None], what: str) -> list[list[Segment]]:
+        """Each prompt as the beginning of a document; None is the null condition. Raises `ValueError` for an empty one; `what`
+        says what it shows."""
+        documents = []
+        for prompt in prompts:
+            if isinstance(prompt, str) and not prompt.strip():
+                raise ValueError(f"the prompt is empty; say what the {what} shows (None stands for any {what})")
+            documents.append([Segment(NULL, None, loss=False) if prompt is None else self.encode_text(prompt)])
+        return documents
 
     def encode_pictures(self, pictures: Sequence[Picture]) -> list[Segment]:
         """Given pictures. Raises `ValueError` for what can't be loaded."""
@@ -189,11 +205,62 @@ class Pipeline:
                 batch = []  # they must not all be in memory at once
         return [Segment(self.speech, item, loss=False) for item in encoded]
 
+    def encode_videos(self, videos: Sequence[VideoSource]) -> list[Segment]:
+        """Given clips, at the model's rate. Raises `ValueError` for what can't be loaded, or is longer than one item."""
+        if not videos:
+            return []
+        name, tokenizer = self.video, self.tokenizer(self.video)
+        most = most_frames(tokenizer.spec)
+        encoded: list[Encoded] = []
+        batch: list[Video] = []
+        pixels = 0
+        for number, source in enumerate(videos, 1):
+            clip = self.load_video(source)
+            if len(clip.frames) > most:
+                raise ValueError(
+                    f"a clip has {len(clip.frames)} frames at {clip.fps:g} a second, and {name!r} holds up to {most} at a time; "
+                    "cut it"
+                )
+            batch.append(clip)
+            pixels += clip.frames.size // 3
+            if len(batch) == self.batch_size or pixels >= AT_ONCE or number == len(videos):
+                encoded += tokenizer.encode_batch(batch)
+                batch, pixels = [], 0  # they must not all be in memory at once
+        return [Segment(name, item, loss=False) for item in encoded]
+
+    def is_clip(self, source: Any) -> bool:
+        """Whether something seen is to be taken for a clip, not for a picture. An animation is a picture for a model of both."""
+        if isinstance(source, Image.Image):
+            return False
+        if isinstance(source, Video | np.ndarray):
+            return True
+        if {"picture", "video"} <= self.media and isinstance(source, str | os.PathLike):
+            return Path(source).suffix.lower() in CLIPS - ANIMATED
+        return "video" in self.media and "picture" not in self.media
+
+    def load_video(self, source: VideoSource) -> Video:
+        """A clip at the model's frames a second. Frames that say no rate (arrays, lists, folders) are taken to be at that one."""
+        rate = self.tokenizer(self.video).spec.fps
+        timeless = isinstance(source, list | tuple | np.ndarray) or (
+            isinstance(source, str | os.PathLike) and os.path.isdir(source)
+        )
+        return Video(load_video(source).frames, rate) if timeless else load_video(source, fps=rate)
+
+    def wrap(self, name: str, content: Tensor, grid: tuple[int, ...]) -> Encoded:
+        """Elements of a modality as an item."""
+        kind = {"discrete": "ids", "codes": "codes", "continuous": "latents"}[self.tokenizer(name).spec.kind]
+        values: Mapping[str, Any] = {kind: content.clone()}
+        return Encoded(grid=grid, **values)
+
     def decode_items(self, name: str, items: Sequence[Encoded]) -> list[Any]:
         """Raw data of generated items of one modality."""
+        return [decoded.value for decoded in self.decoded(name, items)]
+
+    def decoded(self, name: str, items: Sequence[Encoded]) -> list[Decoded]:
+        """As `decode_items`, with whether each was valid."""
         tokenizer = self.tokenizer(name)
         return [
-            decoded.value
+            decoded
             for start in range(0, len(items), self.batch_size)
             for decoded in tokenizer.decode_batch(list(items[start : start + self.batch_size]))
         ]
@@ -278,11 +345,6 @@ def check_count(name: str, value: int, each: int = 0) -> int:
             f"{name} is {number:,}{of}, and one call makes up to {MOST:,}; ask for fewer, in several calls"
         )
     return number
-
-
-def longest(tokenizer: ModalityTokenizer) -> float:
-    """Seconds of the longest item of a tokenizer of sound."""
-    return tokenizer.spec.max_grid[0] / tokenizer.spec.frame_rate
 
 
 def several(value: Any, one: tuple[type, ...], what: str) -> list[Any]:

@@ -1,11 +1,12 @@
-"""Pictures → text: captions, or any text that a model was trained to write after a picture."""
+"""Pictures and clips → text: captions, or any text that a model was trained to write after one."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Unpack
+from typing import Any, Unpack
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -14,15 +15,19 @@ from mm.interfaces import Encoded, Sampling
 from mm.layout import Segment
 from mm.pipelines.base import Callback, Picture, Pipeline, SamplingOptions, check_count, choose_seed, several
 from mm.pipelines.outputs import TextOutput
+from mm.video import Video
+from mm.video_encoding import Frames
+
+Seen = Picture | Video | Frames
 
 
 class ImageToTextPipeline(Pipeline):
-    """`pipeline("apple.png").texts`, or step by step: `encode`, `generate`, `decode`."""
+    """`pipeline("apple.png").texts` or `pipeline("seven.mp4").texts`, or step by step: `encode`, `generate`, `decode`."""
 
     @torch.no_grad()
     def __call__(
         self,
-        image: Picture | Sequence[Picture],
+        image: Seen | Sequence[Seen],
         *,
         prompt: str = "",
         num_texts: int = 1,
@@ -32,21 +37,23 @@ class ImageToTextPipeline(Pipeline):
         callback: Callback | None = None,
         **sampling: Unpack[SamplingOptions],
     ) -> TextOutput:
-        """Texts for one picture or several. By default the likeliest token each time (temperature 0).
+        """Texts for one picture or clip or several. By default the likeliest token each time (temperature 0).
 
         Args:
-            image: paths, bytes of files, open binary files, or PIL pictures.
+            image: paths, bytes of files, open binary files, PIL pictures, `mm.Video`, or arrays of frames (uint8 [T, H, W, 3]).
+                A model of both takes files for clips if their ending says so.
             prompt: how the text begins; it is not repeated in the output.
-            num_texts: texts a picture; more than one need a temperature above 0.
+            num_texts: texts for each; more than one need a temperature above 0.
             max_tokens: the longest text, in tokens.
             seed, generator, callback, sampling: as for `TextToImagePipeline`.
 
         Raises:
-            ValueError: a picture that can't be loaded, or settings that make no sense for text.
+            ValueError: a picture or clip that can't be loaded, or that the model has no modality for, or settings that make no
+                sense for text.
         """
         seed = choose_seed(seed, generator)
-        one = (str, os.PathLike, bytes, bytearray, memoryview, Image.Image)
-        images = several(image, one, "a picture; give a path, bytes, a binary file, a PIL picture")
+        one = (str, os.PathLike, bytes, bytearray, memoryview, Image.Image, Video, np.ndarray)
+        images = several(image, one, "a picture or clip; give a path, bytes, a binary file, a PIL picture, mm.Video")
         num_texts = check_count("num_texts", num_texts, len(images))
         chosen = self.sampling(self.text, sampling, Sampling(temperature=0.0))
         if num_texts > 1 and chosen.temperature == 0:
@@ -63,10 +70,15 @@ class ImageToTextPipeline(Pipeline):
         )
         return TextOutput(self.decode(tokens), tokens, seed)
 
-    def encode(self, images: Sequence[Picture], prompt: str = "") -> list[list[Segment]]:
-        """Each picture as the beginning of a document, and the text that `prompt` begins."""
+    def encode(self, images: Sequence[Seen], prompt: str = "") -> list[list[Segment]]:
+        """Each picture or clip as the beginning of a document, and the text that `prompt` begins."""
         beginning = [self.encode_text(prompt)] if prompt else []
-        return [[segment, *beginning] for segment in self.encode_pictures(images)]
+        moves = [self.is_clip(image) for image in images]
+        both: tuple[list[Any], list[Any]] = ([], [])
+        for image, clip in zip(images, moves, strict=True):
+            both[clip].append(image)
+        stills, clips = iter(self.encode_pictures(both[0])), iter(self.encode_videos(both[1]))
+        return [[next(clips if clip else stills), *beginning] for clip in moves]
 
     @torch.no_grad()
     def generate(
@@ -79,7 +91,7 @@ class ImageToTextPipeline(Pipeline):
         seed: int = 0,
         callback: Callback | None = None,
     ) -> list[Encoded]:
-        """Tokens of `num_texts` texts for each encoded picture."""
+        """Tokens of `num_texts` texts for each encoded picture or clip."""
         num_texts = check_count("num_texts", num_texts, len(prompts))
         max_tokens = check_count("max_tokens", max_tokens)
         requests = [

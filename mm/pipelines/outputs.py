@@ -5,19 +5,23 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from mm import safe_io
+from mm import safe_io, video_encoding
 from mm.audio import WRITTEN, Audio, Samples, save_audio
 from mm.interfaces import Encoded
-from mm.sheet import grid
+from mm.sheet import grid, strips
+from mm.video import Video, save_video
+from mm.video_encoding import Frames
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 TEXTS = (".txt", ".md")
 SOUNDS = WRITTEN
+VIDEOS = video_encoding.WRITTEN
 
 
 @dataclass(frozen=True)
@@ -97,10 +101,46 @@ class AudioOutput:
 
 
 @dataclass(frozen=True)
-class AnyOutput:
-    """Documents of text, pictures and sound: what was generated, without what was given."""
+class VideoOutput:
+    """Clips, prompt by prompt and within a prompt number by number."""
 
-    documents: list[list[str | Image.Image | Audio]]
+    videos: list[Frames]
+    """uint8 [T, H, W, 3] each: frames, rows, columns, red, green and blue."""
+    fps: float
+    """Frames a second of all of them."""
+    captions: list[str]
+    """The prompt of each clip."""
+    tokens: list[Encoded]
+    valid: list[bool]
+    """Whether each decoded without repair."""
+    reasons: list[str]
+    """What was repaired, or ""."""
+    seed: int
+    """What to pass as `seed` to get the same again."""
+
+    def save(self, path: str | os.PathLike[str], scale: int = 1) -> list[Path]:
+        """Write one clip to `path`, several to numbered files beside it (`name-01.mp4`), into a folder if it is one.
+
+        The format follows the ending, as of `mm.video.save_video`: .mp4 (plays in browsers), .webm, .gif, .apng, .webp, or .png
+        for a contact sheet; without one .mp4, or .gif where FFmpeg isn't installed. `scale` enlarges each pixel to a square of
+        so many. Each file is written whole or not at all. Raises `ValueError` for an unknown ending, and for what can't be
+        written.
+        """
+        places = numbered(path, len(self.videos), "video", video_endings())
+        for place, frames in zip(places, self.videos, strict=True):
+            save_video(place, frames, self.fps, scale=scale)
+        return places
+
+    def sheet(self, columns: int = 8, scale: int | None = None) -> Image.Image:
+        """All clips on one picture, a row each: up to `columns` frames, evenly spread, and the captions below."""
+        return strips(self.videos, self.captions, columns, scale)
+
+
+@dataclass(frozen=True)
+class AnyOutput:
+    """Documents of text, pictures, sound and video: what was generated, without what was given."""
+
+    documents: list[list[str | Image.Image | Audio | Video]]
     seed: int
     """What to pass as `seed` to get the same again."""
 
@@ -119,8 +159,13 @@ class AnyOutput:
         """All sounds of all documents."""
         return [part for document in self.documents for part in document if isinstance(part, Audio)]
 
+    @property
+    def videos(self) -> list[Video]:
+        """All clips of all documents."""
+        return [part for document in self.documents for part in document if isinstance(part, Video)]
+
     def save(self, path: str | os.PathLike[str]) -> list[Path]:
-        """Write the parts as numbered files (`01-01.txt`, `01-02.png`, `01-03.wav`) into the folder `path`."""
+        """Write the parts as numbered files (`01-01.txt`, `01-02.png`, `01-03.wav`, `01-04.mp4`) into the folder `path`."""
         folder = Path(path)
         if folder.is_file():
             raise ValueError(f"{str(path)!r} is a file; documents are saved into a folder")
@@ -128,16 +173,23 @@ class AnyOutput:
         places = []
         for number, document in enumerate(self.documents, 1):
             for count, part in enumerate(document, 1):
-                ending = ".txt" if isinstance(part, str) else ".wav" if isinstance(part, Audio) else ".png"
-                place = folder / f"{number:02d}-{count:02d}{ending}"
+                endings: dict[type, str] = {str: ".txt", Audio: ".wav", Video: video_endings()[0]}
+                place = folder / f"{number:02d}-{count:02d}{endings.get(type(part), '.png')}"
                 if isinstance(part, str):
                     safe_io.write_text(place, part + "\n")
                 elif isinstance(part, Audio):
                     save_audio(place, part)
+                elif isinstance(part, Video):
+                    save_video(place, part)
                 else:
                     save_picture(part, place)
                 places.append(place)
         return places
+
+
+def video_endings() -> tuple[str, ...]:
+    """Endings that clips can have, the usual one first."""
+    return VIDEOS if find_spec("av") is not None else (".gif", *(ending for ending in VIDEOS if ending != ".gif"))
 
 
 def numbered(path: str | os.PathLike[str], count: int, name: str, endings: Sequence[str]) -> list[Path]:

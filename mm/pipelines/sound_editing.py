@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mm.audio import Audio, SoundSource, load_audio
 from mm.interfaces import ModalityTokenizer
-from mm.pipelines.base import longest
+from mm.pipelines.media import longest
 from mm.pipelines.utterances import as_seconds, check_speed
 
 FADE = 0.01

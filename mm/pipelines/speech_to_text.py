@@ -15,7 +15,8 @@ from mm.edits import edit_distance
 from mm.generation import Request
 from mm.interfaces import Encoded, Sampling
 from mm.layout import Segment
-from mm.pipelines.base import Callback, Pipeline, SamplingOptions, check_count, choose_seed, longest, several, shifted
+from mm.pipelines.base import Callback, Pipeline, SamplingOptions, check_count, choose_seed, several, shifted
+from mm.pipelines.media import longest
 from mm.pipelines.outputs import TextOutput
 
 MOST_SECONDS = 8.0

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mm.generation import Request
 from mm.interfaces import Encoded, Sampling
-from mm.layout import NULL, Segment
+from mm.layout import Segment
 from mm.media import load_image
 from mm.pipelines.base import Callback, Picture, Pipeline, SamplingOptions, check_count, choose_seed, several
 from mm.pipelines.outputs import ImageOutput
@@ -77,12 +77,7 @@ class TextToImagePipeline(Pipeline):
 
     def encode(self, prompts: Sequence[str | None]) -> list[list[Segment]]:
         """Each prompt as the beginning of a document; None is the null condition."""
-        documents = []
-        for prompt in prompts:
-            if prompt is not None and isinstance(prompt, str) and not prompt.strip():
-                raise ValueError("the prompt is empty; say what the picture shows (None stands for any picture)")
-            documents.append([Segment(NULL, None, loss=False) if prompt is None else self.encode_text(prompt)])
-        return documents
+        return self.encode_prompts(prompts, "picture")
 
     @torch.no_grad()
     def generate(

@@ -18,7 +18,8 @@ from mm.data.documents import voice_segment, whole_text
 from mm.generation import Event, Grid, Request
 from mm.interfaces import Encoded, Sampling
 from mm.layout import NULL, Segment
-from mm.pipelines.base import Callback, Pipeline, SamplingOptions, check_count, choose_seed, longest, several
+from mm.pipelines.base import Callback, Pipeline, SamplingOptions, check_count, choose_seed, several
+from mm.pipelines.media import longest
 from mm.pipelines.outputs import AudioOutput
 from mm.pipelines.playing import Player, events
 from mm.pipelines.sound_editing import Edit, Plan, plan
@@ -368,9 +369,7 @@ class TextToSpeechPipeline(Pipeline):
             steps.close()  # type: ignore[attr-defined]
 
     def _wrap(self, content: Tensor) -> Encoded:
-        kind = {"discrete": "ids", "codes": "codes", "continuous": "latents"}[self.tokenizer(self.speech).spec.kind]
-        values: Mapping[str, Any] = {kind: content.clone()}
-        return Encoded(grid=(len(content),), **values)
+        return self.wrap(self.speech, content, (len(content),))
 
 
 def _completed(item: Encoded, wanted: Plan | None) -> Encoded:
