@@ -5,7 +5,7 @@ Letters in shapes: T packed query positions of this pass, H query heads, G key/v
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mm.attention import dense_bias, visible, xformers_attention
-from mm.backbone import BackboneConfig
+from mm.backbone import BackboneConfig, apply_rotary
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,16 @@ class Chunk:
     order: Sequence[int]
     copy: Sequence[int] | None = None
     keep: bool = True
+
+
+@dataclass(frozen=True)
+class Forgotten:
+    """Positions of one row that leave the cache after a pass: `count` of them from slot `first` on. Those behind them move up,
+    and their coordinates by `by`, so that what goes on for long never stands farther out than training showed."""
+
+    first: int
+    count: int
+    by: tuple[float, float, float]
 
 
 class KVCache:
@@ -64,6 +74,21 @@ class KVCache:
                 start, count = self.lengths[chunk.row], len(chunk.order)
                 self.order[chunk.row, start : start + count] = chunk.order
                 self.lengths[chunk.row] = start + count
+
+    def forget(self, row: int, gone: Forgotten, rotary: Callable[[Tensor, torch.dtype], tuple[Tensor, Tensor]]) -> None:
+        """Drop positions of a row. Keys stand here as rotated to where they were; rotations add up, so turning them by the way
+        that they move gives what rotating them anew would (Ca2-VDM keeps them unrotated instead, and rotates all in every
+        pass). What moves is as much as stays, whatever the row has forgotten before."""
+        old, new, end = gone.first + gone.count, gone.first, self.lengths[row]
+        assert 0 <= new < old <= end
+        stay = end - gone.count
+        rope = rotary(torch.tensor([gone.by], device=self.keys.device), torch.float32)
+        kept = self.keys[:, row, old:end].float()  # (layers, moved, G, E)
+        turned = apply_rotary(kept.flatten(0, 1), rope).view_as(kept)
+        self.keys[:, row, new:stay] = turned.to(self.keys.dtype)
+        self.values[:, row, new:stay] = self.values[:, row, old:end].clone()
+        self.order[row, new:stay] = self.order[row, old:end].copy()
+        self.lengths[row] = stay
 
 
 @dataclass(frozen=True)

@@ -245,8 +245,13 @@ class Order(Configured, abc.ABC):
             )
 
     def places(self, count: int, spec: Spec) -> int:
-        """Clean positions that an item of `count` elements takes."""
+        """Clean positions that an item of `count` elements takes, where some leave the cache meanwhile: at any one time."""
         return count
+
+    def announced(self, grid: tuple[int, ...]) -> tuple[int, ...]:
+        """The extents that the model is told of an item that it is to generate: fewer than it gets, of an order whose items go on
+        for longer than any that training showed."""
+        return grid
 
     @abc.abstractmethod
     def layout(self, encoded: Encoded, *, context: bool, rng: torch.Generator) -> Layout:
@@ -288,6 +293,11 @@ class Session(abc.ABC):
 
     def settled(self) -> Layout | None:
         """What is final since the last call and enters the cache now, before the item is complete, laid out clean."""
+        return None
+
+    def forgets(self) -> tuple[int, Float[Tensor, " 3"]] | None:
+        """How many of its oldest elements leave the cache once what `settled` gave last is in it, and what is added to the
+        coordinates of the others; None: all stay. Asked after `settled`, before `propose`."""
         return None
 
     @abc.abstractmethod

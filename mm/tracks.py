@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from mm.cache import Forgotten
 from mm.interfaces import Layout, Order
 from mm.layout import Draft, Span, holdings, stretch
 from mm.stream import RECORDS, Placed, join
@@ -39,6 +40,8 @@ class Feed:
     """Hidden states the row samples from: `"last"`, indices, or none."""
     reset: bool = False
     """The twin starts anew."""
+    forgotten: Forgotten | None = None
+    """What leaves the cache once the pass is done."""
 
     @property
     def plain(self) -> bool:
@@ -60,6 +63,8 @@ class Track:
         """The text that the next item may run along, if any."""
         self.start, self.rate = 0.0, 1.0
         """Where the open item begins on the rotary axes, and how far apart its elements stand."""
+        self.entered = 0
+        """The open item's first place in the cache."""
         self.fresh = True
         self._clear()
 
@@ -68,6 +73,8 @@ class Track:
         self.ids: list[int] = []
         self.orders: list[int] = []
         self.position: list[tuple[float, float, float]] = []
+        self.times: list[float] = []
+        self.forgotten: Forgotten | None = None
         self.records: dict[tuple[str, str], tuple[list[Tensor], list[int]]] = {}
 
     def record(self, kind: str, name: str, value: Tensor, place: int) -> None:
@@ -90,19 +97,22 @@ class Track:
         self.span = span._replace(elements=span.elements + 1)
         self.controls([token])
 
-    def element(self, entry: Entry, number: int, token: Tensor, offset: int, coordinate: Sequence[float]) -> None:
+    def element(
+        self, entry: Entry, number: int, token: Tensor, offset: int, coordinate: Sequence[float], time: float = 0.0
+    ) -> None:
         """One element of an open item; `order` and `cursor` stay at the item's beginning until `leave`."""
         c, rate = self.start, self.rate
         if entry.kind != "discrete":
             self.record(kind_of(entry), entry.name, token, len(self.ids))
         place = (c + rate * coordinate[0], c + rate * coordinate[1], c + rate * coordinate[2])
-        self._push(number, global_id(entry, token), self.order + offset, place)
+        self._push(number, global_id(entry, token), self.order + offset, place, time)
 
     def given(self, draft: Draft) -> None:
         """Begin with a document's positions."""
         stream, self.span = draft.stream(), draft.span
         self.modality, self.ids, self.orders = stream.modality.tolist(), stream.ids.tolist(), stream.order.tolist()
         self.position = [(a, b, c) for a, b, c in stream.position.tolist()]
+        self.times = stream.time.tolist()
         for kind in RECORDS:
             for name, record in getattr(stream, kind).items():
                 self.records[kind, name] = (list(record.read), record.index.tolist())
@@ -112,17 +122,27 @@ class Track:
     def enter(self, order: Order, number: int, grid: Sequence[int]) -> None:
         """Elements of an item of modality `number` come next."""
         (self.start, self.rate), self.span = stretch(order, number, grid, self.cursor, self.span)
+        self.entered = self.length
+
+    def forget(self, count: int, by: Tensor) -> None:
+        """The oldest elements of the open item leave the cache after the next pass, and the others move by so much."""
+        along, across, down = (self.rate * by).tolist()
+        self.forgotten = Forgotten(self.entered, count, (along, across, down))
+        self.length -= count
 
     def leave(self, orders: int, extent: float) -> None:
         self.order += orders
         if self.start == self.cursor:
             self.cursor += extent
 
-    def _push(self, number: int, token: int, order: int, position: tuple[float, float, float]) -> None:
+    def _push(
+        self, number: int, token: int, order: int, position: tuple[float, float, float], time: float = 0.0
+    ) -> None:
         self.modality.append(number)
         self.ids.append(token)
         self.orders.append(order)
         self.position.append(position)
+        self.times.append(time)
         self.length += 1
 
     def flush(self, read: str | None) -> Feed:
@@ -133,6 +153,8 @@ class Track:
             ids=self.ids,
             order=self.orders,
             position=self.position,
+            time=torch.tensor(self.times) if any(self.times) else None,
+            forgotten=self.forgotten,
             records={key: (torch.stack(v), torch.tensor(i)) for key, (v, i) in self.records.items()},
             read=read,
             reset=self.branch > 0 and self.fresh,

@@ -11,7 +11,9 @@ To fill in the middle, what is given before and behind comes first: one order nu
 
 Video goes by whole frames (Gao et al. 2024, ViD-GPT and Ca2-VDM: causal over time, full within a chunk of frames): frames that
 are given are the first blocks, the first one shorter where they don't fill it. So that a long rollout doesn't drift, the
-clean copies may be read with a little noise in training, and generated frames enter the cache with some.
+clean copies may be read with a little noise in training, and generated frames enter the cache with some. With a window it
+goes on for as long as is asked for: what came before the item stays in the cache, and of the item its last frames, whose
+coordinates move back as older ones leave, so that nothing stands farther out than in a clip of the training.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from torch import Tensor
 
 from mm.diffusion import TIME, Process, Sampler, settings
 from mm.grid import coordinates
-from mm.interfaces import Encoded, Layout, Order, Proposal, Sampling, Session
+from mm.interfaces import Encoded, Layout, Order, Proposal, Sampling, Session, Spec
 
 
 class Blocks(Order):
@@ -50,6 +52,8 @@ class Blocks(Order):
             the backbone is told so (Ca2-VDM, `prefix_perturb_t`: 100 of 1000).
         augment_sampling: the time at which generated blocks enter the cache; `augment` at the most (Ca2-VDM: 50 of 1000). The
             item itself stays as it was generated.
+        window: frames that a block sees before it, in generation; 0 = all. `window + frames` is a clip of the training, and what
+            the model is told of the length of a longer one.
     """
 
     def __init__(
@@ -64,6 +68,7 @@ class Blocks(Order):
         frames: int = 0,
         augment: float = 0.0,
         augment_sampling: float = 0.0,
+        window: int = 0,
     ) -> None:
         if min(block, frames) < 0:
             raise ValueError(f"a block has at least one element (0: the whole item is one), got {min(block, frames)}")
@@ -76,11 +81,30 @@ class Blocks(Order):
             )
         if not 0 <= infill <= 1:
             raise ValueError(f"infill is a probability between 0 and 1, got {infill}")
-        self.infill, self.along = infill, along
+        if window < 0 or (window and (not frames or infill or along or not shift and window % frames)):
+            raise ValueError(
+                f"a window of {window} frames needs blocks of frames, without infill and not along a text, and where training "
+                "doesn't shift the blocks as many frames as whole blocks have"
+            )
+        self.infill, self.along, self.window = infill, along, window
         self.block, self.frames, self.shift, self.time_condition = block, frames, shift, time_condition
         self.augment, self.augment_sampling = augment, augment_sampling
         self.process, self.sampler = settings(Process, process), settings(Sampler, sampler)
         self.sampler.plan(self.process)  # a pair that can't work is refused now
+
+    def check(self, spec: Spec) -> None:
+        super().check(spec)
+        if self.window and (not spec.max_grid or self.window + self.frames > spec.max_grid[0]):
+            raise ValueError(
+                f"a window of {self.window} frames and a block of {self.frames} are more than a clip of this tokenizer's has, "
+                f"{spec.max_grid[:1]}; make the window smaller"
+            )
+
+    def places(self, count: int, spec: Spec) -> int:
+        return min(count, (self.window + self.frames) * math.prod(spec.max_grid[1:])) if self.window else count
+
+    def announced(self, grid: tuple[int, ...]) -> tuple[int, ...]:
+        return (min(grid[0], self.window + self.frames), *grid[1:]) if self.window else grid
 
     def unit(self, grid: tuple[int, ...]) -> int:
         """Elements that no block divides: those of a frame, or one."""
@@ -183,10 +207,12 @@ class BlocksSession(Session):
         self.temperature = sampling.temperature
         self.count, self.place = math.prod(grid), coordinates(grid)
         self.unit, self.size = order.unit(grid), order.size(grid)
-        self.block = blocks(self.count, self.size)
-        self.total = int(self.block.max()) + 1
+        self.window = order.window * self.unit or self.count
+        self._blocks(blocks(self.count, self.size))
         self.values = torch.zeros(self.count, dim)
         self.current, self.step, self.fresh = 0, 0, list[int]()
+        self.first = 0
+        """The oldest element that stays in the cache: the coordinates of all count from it."""
         self.read = 0.0
         """The time at which fresh elements enter the cache: given ones as they are."""
         if known is not None:
@@ -214,7 +240,8 @@ class BlocksSession(Session):
             self._blocks(numbers(given, self.size))
             first = int(given.any())
         self.values[given] = content[given].float()
-        self.current, self.fresh = first, given.nonzero()[:, 0].tolist()
+        self.current, self.first = first, max(0, number - self.window)
+        self.fresh = given.nonzero()[self.first :, 0].tolist()
 
     def _blocks(self, block: Int[Tensor, " N"]) -> None:
         self.block, self.total = block, int(block.max()) + 1
@@ -233,18 +260,27 @@ class BlocksSession(Session):
             return None
         element, self.fresh = torch.tensor(self.fresh), []
         time = torch.full((len(element),), self.read)
-        layout = self.order.positions(element, self.block[element], self.place[element], time, noisy=False)
+        layout = self.order.positions(element, self.block[element], self._place(element), time, noisy=False)
         if not self.read:
             return layout
         noise = torch.randn(len(element), self.dim, generator=self.rng)
         return replace(layout, reads=self.order.process.corrupt(self.values[element], noise, time))
+
+    def _place(self, element: Int[Tensor, " P"]) -> Float[Tensor, "P 3"]:
+        return self.place[element] - self.place[self.first]
+
+    def forgets(self) -> tuple[int, Float[Tensor, " 3"]] | None:
+        if self.current >= self.total or (first := int(self.element[0]) - self.window) <= self.first:
+            return None
+        before, self.first = self.first, first
+        return first - before, self.place[before] - self.place[first]
 
     def propose(self) -> Proposal | None:
         if self.current >= self.total:
             return None
         element = self.element
         time = self.plan.time[self.step].expand(len(element))
-        layout = self.order.positions(element, self.block[element], self.place[element], time, noisy=True)
+        layout = self.order.positions(element, self.block[element], self._place(element), time, noisy=True)
         done = (self.current + self.step / len(self.plan.steps)) / self.total
         content = self.values.clone()
         content[element] = self.x
