@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,11 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mm.commands import data as command
 from mm.data.convert import make_digits
 from mm.data.moving import MovingSource
 from mm.data.moving_paths import DIRECTIONS, GROWTH, MOTIONS, SMALLEST, Course, reflected, trace
+from mm.data.moving_shards import MEMBER, make_moving
 from mm.data.sources import DIGIT_NAMES, FolderSource, ShardSource
-from mm.video import Video
+from mm.video import Video, load_video
 
 SIZE = 32
 
@@ -316,3 +321,43 @@ def test_bad_settings_are_refused(pictures: Path, handwriting: Path) -> None:
             make()
     with pytest.raises(ValueError, match="no field 'digit'"):
         MovingSource(FolderSource(pictures), things=["digits"], count=9)[1]
+
+
+# --- shards ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_writes_what_the_source_gives(tmp_path: Path, handwriting: Path, capsys: Any) -> None:
+    out = tmp_path / "out"
+    options = ["--count", "14", "--frames", "5", "--digits", str(handwriting), "--seed", "3"]
+    assert command.main(["moving", "--out", str(out), *options]) == 0
+    assert "moving-000000.tar" in capsys.readouterr().out
+    assert sorted(path.name for path in out.iterdir()) == ["README.md", "moving-000000.tar", "moving.png"]
+    source = MovingSource(str(handwriting), count=14, frames=5, seed=3)
+    with tarfile.open(out / "moving-000000.tar") as tar:
+        members = {name: tar.extractfile(name).read() for name in tar.getnames()}  # type: ignore[union-attr]
+    assert len(members) == 28
+    for number in range(14):
+        example, fields = source[number], json.loads(members[f"{example_key(source, number)}.json"])
+        video = load_video(members[f"{example_key(source, number)}.{MEMBER}"])
+        assert np.array_equal(video.frames, example["video"].frames) and video.fps == 8
+        assert fields["caption"] == example["text"] and fields["motions"] == example["motions"]
+        assert np.allclose(fields["track"], example["track"], atol=1e-3)
+    first = (out / "moving-000000.tar").read_bytes()
+    assert command.main(["moving", "--out", str(out), *options]) == 0
+    assert (out / "moving-000000.tar").read_bytes() == first, "the same settings write the same bytes"
+    assert "with seed 3" in (out / "README.md").read_text() and "handwritten digits" in (out / "README.md").read_text()
+
+
+def example_key(source: MovingSource, number: int) -> str:
+    return str(source[number]["key"])
+
+
+def test_pictures_that_are_broken_are_left_out(tmp_path: Path, pictures: Path) -> None:
+    folder = tmp_path / "pictures"
+    shutil.copytree(pictures, folder)
+    Image.new("RGBA", (8, 8)).save(folder / "p1.png")  # nothing to be seen
+    source = MovingSource(pictures=str(folder), count=20, frames=2, things=["pictures"], holdout_every=0)
+    with pytest.warns(UserWarning, match=r"skipped \d+ of 20 examples as broken; the first: .*transparent"):
+        (shard,) = make_moving(source, tmp_path / "out")
+    with tarfile.open(shard) as tar:
+        assert 0 < len(tar.getnames()) < 40

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,17 @@ def main(argv: list[str]) -> int:
     speech.add_argument("--hours", type=float, default=1.0, help="of sound (1)")
     speech.add_argument("--seed", type=int, default=0, help="the same seed says the same (0)")
     speech.add_argument("--voices", nargs="+", metavar="VOICE", help="of `flite -lv` (kal16 awb rms slt)")
-    for name in (digits, shards, bpe, speech):
+    moving = names.add_parser("moving", help="captioned clips of digits, shapes and pictures that move, made here")
+    moving.add_argument("--count", type=int, default=1000, help="clips (1000)")
+    moving.add_argument("--digits", metavar="FILE", help="handwritten digits (.npz); without, digits of a typeface")
+    moving.add_argument("--pictures", metavar="PATH", help="captioned pictures that move too: folder or .tar")
+    moving.add_argument("--size", type=int, default=32, help="side in pixels (32)")
+    moving.add_argument("--frames", type=int, default=16, help="of a clip (16)")
+    moving.add_argument("--fps", type=float, default=8.0, help="frames a second (8)")
+    moving.add_argument("--motions", nargs="+", metavar="KIND", help="straight turn bounce rotate scale cross (all)")
+    moving.add_argument("--things", nargs="+", metavar="KIND", help="digits shapes pictures (all there are)")
+    moving.add_argument("--seed", type=int, default=0, help="the same seed makes the same (0)")
+    for name in (digits, shards, bpe, speech, moving):
         name.add_argument("--out", required=True, metavar="DIR", help="folder to write into")
     args = command.parse_args(argv)
     if args.name == "bpe":
@@ -54,6 +65,10 @@ def main(argv: list[str]) -> int:
             print(f"wrote {path}: {clips:,} clips, {made.seconds[split] / 60:.1f} minutes")
         print(f"left out: {made.unaligned} unaligned, {made.too_long} too long")
         return 0
+    if args.name == "moving":
+        paths = _moving(args)
+        print(f"wrote {paths[0]}" + (f" … {paths[-1].name}" if len(paths) > 1 else ""))
+        return 0
     from mm.data.convert import make_digits, to_shards
 
     with Bar("writing", "example") as bar:
@@ -64,6 +79,26 @@ def main(argv: list[str]) -> int:
             paths = to_shards(source, args.out, per_shard=args.per_shard, progress=bar)
     print(f"wrote {paths[0]}" + (f" … {paths[-1].name}" if len(paths) > 1 else ""))
     return 0
+
+
+def _moving(args: argparse.Namespace) -> list[Path]:
+    from mm.data.moving import MovingSource
+    from mm.data.moving_paths import MOTIONS
+    from mm.data.moving_shards import make_moving
+
+    source = MovingSource(
+        args.digits,
+        args.pictures,
+        count=args.count,
+        seed=args.seed,
+        size=args.size,
+        frames=args.frames,
+        fps=args.fps,
+        motions=args.motions or MOTIONS,
+        things=args.things,
+    )
+    with Bar("drawing", "clip") as bar:
+        return make_moving(source, args.out, progress=bar)
 
 
 def open_source(path: str, caption: str | None) -> Source:

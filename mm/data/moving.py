@@ -122,7 +122,7 @@ class MovingSource(Source):
         self.motions, self.things, self.grounds, self.inks = tuple(motions), tuple(things), tuple(grounds), tuple(inks)
         self.varied = varied
         self._every = 0 if self.holdout_where else self.holdout_every
-        self._pools = {
+        self.pools = {
             kind: open_pool(given, kind, self._every)
             for name, kind, given in (("digits", "digit", digits), ("pictures", "picture", pictures))
             if given is not None and name in self.things
@@ -135,7 +135,7 @@ class MovingSource(Source):
             *(self.count, self.seed, self.size, self.frames, self.fps, self.varied, self._every),
             *(self.motions, self.things, self.grounds, self.inks),
         )
-        return digest("moving 1", *map(str, settings), *(pool.source.identity for pool in self._pools.values()))
+        return digest("moving 1", *map(str, settings), *(pool.source.identity for pool in self.pools.values()))
 
     def longer(self, frames: int) -> MovingSource:
         """The same clips with another number of frames."""
@@ -158,9 +158,9 @@ class MovingSource(Source):
         which = _one_of(self.things, rng)
         ink = _one_of(self.inks, rng)
         if which == "pictures":
-            return self._pools["picture"].draw(rng, held, ink)
-        if which == "digits" and "digit" in self._pools:
-            return self._pools["digit"].draw(rng, held, ink)
+            return self.pools["picture"].draw(rng, held, ink)
+        if which == "digits" and "digit" in self.pools:
+            return self.pools["digit"].draw(rng, held, ink)
         if which == "digits":
             return draw_printed(rng, ink, (self.seed, number, place))
         inks = [name for name in COLOURS if name != ground]
@@ -171,7 +171,7 @@ class MovingSource(Source):
     def sprite(self, thing: Thing) -> Sprite:
         """Raises `BrokenExample` for a picture that can't be used."""
         if thing.index >= 0:
-            return self._pools[thing.kind].sprite(thing, self.size)
+            return self.pools[thing.kind].sprite(thing, self.size)
         if thing.kind == "digit":
             return printed_sprite(thing, self.size)
         return shape_sprite(thing.noun, thing.ink, thing.side * self.size)
