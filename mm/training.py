@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -39,7 +40,7 @@ class ModelTraining(pl.LightningModule):
         train_only: parts of the model that are trained (`heads.image`, `latent_embeddings.image`, `backbone`, …); the others
             stay bit for bit what they are. Empty: all.
         unnormalized: vectors whose spread is far from 1 are accepted as data for diffusion.
-        sample_prompts: captions whose pictures are generated and logged at every validation.
+        sample_prompts: captions whose pictures, or else clips, are generated and logged at every validation.
     """
 
     def __init__(
@@ -68,6 +69,10 @@ class ModelTraining(pl.LightningModule):
         self.lr, self.betas, self.weight_decay = lr, betas, weight_decay
         self.warmup_steps, self.lr_floor = warmup_steps, lr_floor
         self.sample_prompts = sample_prompts or []
+        if self.sample_prompts and _shown(modalities) is None:
+            raise ValueError(
+                "sample_prompts asks for pictures or clips, which no modality here makes; set sample_prompts: []"
+            )
         self.sample_guidance = sample_guidance
         for modality in modalities:  # tokenizers with weights are part of the data path, not of what is trained
             if isinstance(modality.tokenizer, torch.nn.Module):
@@ -205,16 +210,23 @@ class ModelTraining(pl.LightningModule):
                 self.log_samples(folder)
 
     def log_samples(self, folder: str | None) -> None:
-        """Pictures for `sample_prompts`, as a grid in TensorBoard and as a PNG beside the logs."""
+        """Pictures or clips for `sample_prompts`: a grid in TensorBoard and as a PNG beside the logs, and of clips also a GIF in
+        which they play side by side."""
+        from pathlib import Path
+
+        import numpy as np
+
         from mm.generation import Engine, Request
-        from mm.sheet import grid
+        from mm.sheet import grid, strips
+        from mm.video import Video, save_video
 
         model = self.model
-        host, image = model.vocabulary.host.name, next(e for e in model.vocabulary.entries if len(e.max_grid) == 2)
+        shown = _shown(model.modalities)
+        assert shown is not None
         requests = [
             Request(
-                prompt=[Segment(host, prompt, loss=False)],
-                items=[(image.name, image.max_grid)],
+                prompt=[Segment(model.vocabulary.host.name, prompt, loss=False)],
+                items=[(shown.name, shown.tokenizer.spec.max_grid)],
                 text=False,
                 # before the null condition was ever seen, guidance would spoil the pictures
                 sampling=Sampling(guidance=self.sample_guidance if model.null_seen else 1.0),
@@ -222,18 +234,27 @@ class ModelTraining(pl.LightningModule):
             )
             for number, prompt in enumerate(self.sample_prompts)
         ]
-        tokenizer = model.modalities[model.vocabulary.index[image.name]].tokenizer
         made = [segments[-1].content for segments in Engine(model).generate(requests)]
-        sheet = grid([decoded.value for decoded in tokenizer.decode_batch(made)])
+        values = [decoded.value for decoded in shown.tokenizer.decode_batch(made)]
+        clips = [value for value in values if isinstance(value, Video)]
+        sheet = strips([clip.frames for clip in clips], self.sample_prompts) if clips else grid(values)
         if folder is not None:
-            from pathlib import Path
-
             path = Path(folder) / "samples" / f"step-{self.global_step:06d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             sheet.save(path)
+            if clips:
+                shortest = min(map(len, clips))
+                beside = np.concatenate([clip.frames[:shortest] for clip in clips], axis=2)
+                save_video(path.with_suffix(".gif"), beside, clips[0].fps, scale=max(1, 128 // beside.shape[1]))
         for logger in self.loggers:
             experiment: Any = getattr(logger, "experiment", None)
             if hasattr(experiment, "add_image"):
-                import numpy as np
-
                 experiment.add_image("samples", np.asarray(sheet), self.global_step, dataformats="HWC")
+
+
+def _shown(modalities: Sequence[Modality]) -> Modality | None:
+    """The modality whose samples are logged."""
+    from mm.pipelines.media import medium_of
+
+    made = [m for m in modalities[1:] if m.tokenizer.decodes and medium_of(m.tokenizer.spec) in ("picture", "video")]
+    return min(made, key=lambda m: medium_of(m.tokenizer.spec) != "picture", default=None)

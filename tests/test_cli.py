@@ -17,8 +17,8 @@ from PIL import Image
 
 from mm import hub
 from mm.cli import COMMANDS, commands, main
-from mm.commands.making import slug, unused
 from mm.commands.list import title
+from mm.commands.making import slug, unused
 from mm.interfaces import Sampling
 from mm.media import load_image
 from mm.orders.masked import Masked
