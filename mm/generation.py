@@ -27,7 +27,8 @@ from mm.stream import TokenStream
 from mm.tracks import Feed, gather_records
 
 Grid = tuple[int, ...] | range | None
-"""Extents of an item: given, chosen by the model within a range (of a list), or chosen by the model."""
+"""Extents of an item: given, chosen by the model within a range (of a list), or chosen by the model. A list of free length has
+none to be given, `()`; `range(1, N + 1)` cuts it off at N elements."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +54,10 @@ class Request:
     """Sampling for one modality, where it differs."""
     seed: int = 0
     known: tuple[Tensor, Tensor] | None = None
-    """Given elements of the first item: (content, which are given)."""
+    """Given elements of the first item: (content, which are given). A list of free length goes on behind those that are given."""
+    constrained: bool = True
+    """Items of free length are written as their tokenizer's automaton allows, if it has one. Otherwise any id may follow any, and
+    an item that hasn't ended where its room is used up is cut off (its last id isn't `Spec.stop`)."""
     alongside: Mapping[str, Given] = field(default_factory=dict)
     """By modality, what comes from elsewhere while its items are generated: {"speech": {"listening": rows}}, or a function in
     the place of the rows, which is asked for those of element 0, 1, … as their turn comes (live). A second item of the modality

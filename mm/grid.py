@@ -24,9 +24,10 @@ def coordinates(grid: tuple[int, ...]) -> Float[Tensor, "N 3"]:
 
 
 def given_prefix(known: tuple[Tensor, Tensor], grid: tuple[int, ...]) -> Tensor:
-    """The given elements of (content, which are given), for orders that keep the first ones only. Raises `ValueError` where
-    others are given, or where they are of another grid."""
-    (content, given), count = known, math.prod(grid)
+    """The given elements of (content, which are given), for orders that keep the first ones only; of an empty grid, whose extent
+    isn't known, as many as there are. Raises `ValueError` where others are given, or where they are of another grid."""
+    content, given = known
+    count = math.prod(grid) if grid else len(content)
     if len(given) != count or len(content) != count:
         raise ValueError(
             f"given elements cover {len(content)} and {len(given)} places, but the grid {grid} has {count}"

@@ -85,7 +85,12 @@ class MultimodalModel(nn.Module):
                     )
                 if name not in self.inject:
                     self.inject[name] = Conditions(features, width)
-            if spec.stop >= 0 and not modality.order.ends:
+            if number and not spec.max_grid and not spec.is_free:
+                raise ValueError(
+                    f"{modality.name}: its tokenizer says neither how large its items may be nor which id ends a list of free "
+                    "length; only the first modality may do without"
+                )
+            if spec.stop >= 0 and spec.max_grid and not modality.order.ends:
                 raise ValueError(
                     f"{modality.name}: its items may end early, which {type(modality.order).__name__} doesn't know; give it "
                     "an order that does, such as delay"

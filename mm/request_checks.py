@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from mm.interfaces import Spec
 from mm.layout import Segment
 
 if TYPE_CHECKING:
@@ -37,6 +38,9 @@ def _check_item(model: MultimodalModel, name: str, grid: Grid) -> None:
     entry = model.vocabulary[name]
     if entry is model.vocabulary.host:
         raise ValueError(f"{name} is written as text, not opened as an item; leave it out of `items`")
+    if (spec := model.modalities[model.vocabulary.index[name]].tokenizer.spec).is_free:
+        _check_free(spec, name, grid)
+        return
     if isinstance(grid, tuple):
         model.vocabulary.opening(name, grid)
         return
@@ -52,6 +56,16 @@ def _check_item(model: MultimodalModel, name: str, grid: Grid) -> None:
         )
 
 
+def _check_free(spec: Spec, name: str, grid: Grid) -> None:
+    bounded = isinstance(grid, range) and grid.start == grid.step == 1
+    if grid not in (None, ()) and not bounded:
+        raise ValueError(
+            f"{name} has no extent that could be asked for, got {grid}; give (), or range(1, N + 1) for N elements at the most"
+        )
+    if isinstance(grid, range) and len(grid) < spec.least:
+        raise ValueError(f"{name} is asked for with {len(grid)} elements at the most, but has at least {spec.least}")
+
+
 def _check_known(model: MultimodalModel, items: Items, content: Tensor, given: Tensor) -> None:
     if not items:
         raise ValueError("`known` gives elements of the first of `items`, but `items` is empty; name item and grid")
@@ -59,10 +73,10 @@ def _check_known(model: MultimodalModel, items: Items, content: Tensor, given: T
     if first is None:
         raise ValueError("`known` gives elements of an item, but `items` holds texts only; name item and grid")
     name, grid = first
-    if not isinstance(grid, tuple):
+    spec = model.modalities[model.vocabulary.index[name]].tokenizer.spec
+    if not isinstance(grid, tuple) and not spec.is_free:
         raise ValueError(f"`known` gives elements of {name}, whose extents the model is to choose; name its grid")
     entry = model.vocabulary[name]
-    spec = model.modalities[model.vocabulary.index[name]].tokenizer.spec
     if entry.kind == "continuous":
         if content.ndim != 2 or content.shape[1] != spec.dim or not bool(content.isfinite().all()):
             raise ValueError(
@@ -77,11 +91,13 @@ def _check_known(model: MultimodalModel, items: Items, content: Tensor, given: T
                 f"`known` has shape {tuple(content.shape)} of {content.dtype}; {name} needs {spec.num_codes} "
                 "sub-codes an element, as whole numbers"
             )
+    elif content.ndim != 1:
+        raise ValueError(f"`known` has shape {tuple(content.shape)}; {name} needs one id an element")
     low, high = (int(x) for x in content.aminmax()) if len(content) else (0, 0)
     if low < 0 or high >= size:
         raise ValueError(f"`known` holds ids {low}..{high}; those of {name} are 0..{size - 1}")
     if spec.stop >= 0 and len(given) == len(content):
-        stops = (content[:, 0] == spec.stop) & given.bool()
+        stops = (content.view(len(content), -1)[:, 0] == spec.stop) & given.bool()
         if bool(stops.any()):
             raise ValueError(
                 f"element {int(stops.nonzero()[0])} of `known` is the one at which {name} ends; give the elements before it only"

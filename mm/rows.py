@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -14,22 +13,26 @@ from torch import Tensor
 
 from mm.fusion import Alongside
 from mm.grid import coordinates
-from mm.interfaces import Encoded, Layout, Modality, Proposal, Sampling, Session
-from mm.layout import NULL, Segment, Span, holdings
+from mm.interfaces import Automaton, Encoded, Layout, Proposal, Sampling, Session
+from mm.layout import Segment, Span, holdings
+from mm.limits import Limits
 from mm.request_checks import check_request
 from mm.tracks import Feed, Track
+from mm.twins import open_twins
 
 if TYPE_CHECKING:
-    from mm.generation import Grid, Request
+    from mm.generation import Request
     from mm.model import MultimodalModel
     from mm.vocabulary import Entry
+
+ALLOWED, FORBIDDEN = torch.tensor(0.0), torch.tensor(float("-inf"))
 
 
 class Row:
     def __init__(self, model: MultimodalModel, number: int, request: Request) -> None:
         check_request(model, request)
         self.model, self.number, self.request = model, number, request
-        self.vocabulary, self.grammar = model.vocabulary, model.grammar
+        self.vocabulary, self.grammar, self.limits = model.vocabulary, model.grammar, Limits(model, request)
         self.generator = torch.Generator().manual_seed(request.seed)
         self.main = Track(number)
         self.twins: list[Track] = []
@@ -37,6 +40,8 @@ class Row:
         self.text: list[int] = []
         self.forced = [self._encoded(item) if isinstance(item, Segment) else item for item in request.items]
         self.known = request.known
+        self.owing = True
+        """Whether items that were asked for may still come."""
         self.session: Session | None = None
         self.proposal: Proposal | None = None
         self.state = "text"
@@ -44,18 +49,21 @@ class Row:
         self.head, self.item = 0, 0
         self.grid: tuple[int, ...] = ()
         self.within: range | None = None
-        """Bounds of the extent that is being asked for, and what it is multiplied by."""
+        """Bounds of the extent that is being asked for, or of an item of free length, and what the extent is multiplied by."""
         self.stretch = 1.0
         self.alongside: Alongside | None = None
         """Of the open item."""
+        self.automaton: Automaton | None = None
+        """Of the open item, if it has one."""
         self.passed: dict[str, int] = {}
         """By modality, elements of items that are complete: what comes alongside goes on behind them."""
         for name in request.alongside:
-            self._alongside(name).check(self._least(name))  # refused now, if it has to be
+            self._alongside(name).check(self.limits.least(name, self.forced))  # refused now, if it has to be
         self._prompt()
         forced = most = 0
         for item in self.forced:
-            forced, most = forced + self._needed(item)[0], most + self._needed(item)[1]
+            needed = self.limits.needed(item)
+            forced, most = forced + needed[0], most + needed[1]
         limit = self.main.length + most + (request.max_tokens if request.text else 0)
         if self.main.length + forced + bool(request.text) > model.context:
             raise ValueError(
@@ -63,15 +71,10 @@ class Row:
                 f"context holds {model.context}; shorten the prompt"
             )
         self.limit = min(limit, model.context)
-        free = self._openable_names() if request.free else []
-        opened = [item for item in self.forced if not isinstance(item, Segment)]
-        names = [name for name, _ in opened] + free
-        beside = [self._counts(name, grid)[1] for name, grid in opened if self._modality(name).order.beside]
-        beside += [
-            min(self.limit, math.prod(self.vocabulary[n].max_grid)) for n in free if self._modality(n).order.beside
-        ]
+        free = self.limits.openable() if request.free else []
+        names = [item[0] for item in self.forced if not isinstance(item, Segment)] + free
         # a twin adds `bos null` to an item that fits the row; some items are evaluated once more beside themselves
-        self.need = self.limit + 2 + max(beside, default=0)
+        self.need = self.limit + 2 + self.limits.beside(self.forced, free, self.limit)
         samplings = [self._sampling(name) for name in names]
         self.guided = any(sampling.guided for sampling in samplings)
         self.most_twins = max(((1 if s.context_guidance is None else 2) * s.guided for s in samplings), default=0)
@@ -86,41 +89,8 @@ class Row:
             raise ValueError(f"only texts can be given between items, got {given.modality}; put it into the prompt")
         return replace(given, content=self.model.build_document.encode(given), loss=False)
 
-    def _counts(self, name: str, grid: Grid) -> tuple[int, int]:
-        """The fewest and the most elements that a forced item may have."""
-        if isinstance(grid, tuple):
-            return math.prod(grid), math.prod(grid)
-        most = math.prod(self.vocabulary[name].max_grid)
-        if grid is None:
-            return 1, most
-        longest = min(grid[-1], most)
-        return grid[0], min(max(longest, math.ceil(longest * min(self.request.stretch, most))), most)
-
-    def _span(self, name: str, grid: Grid) -> tuple[int, int]:
-        """The fewest and the most positions that it may take."""
-        around, (least, most) = self.grammar.overhead(name), self._counts(name, grid)
-        return around + self._places(name, least), around + self._places(name, most)
-
-    def _needed(self, item: tuple[str, Grid] | Segment) -> tuple[int, int]:
-        """As `_span`, of an item or of a text between items."""
-        return (len(item.content),) * 2 if isinstance(item, Segment) else self._span(*item)
-
-    def _modality(self, name: str) -> Modality:
-        return self.model.modalities[self.vocabulary.index[name]]
-
     def _alongside(self, name: str) -> Alongside:
-        given = self.request.alongside.get(name, {})
-        return Alongside(given, self._modality(name).tokenizer.spec, name, self.passed.get(name, 0))
-
-    def _least(self, name: str) -> int:
-        """The fewest elements of this modality among the items that are still to be opened."""
-        opened = [item for item in self.forced if not isinstance(item, Segment)]
-        return sum(self._counts(*item)[0] for item in opened if item[0] == name)
-
-    def _places(self, name: str, count: int) -> int:
-        """Positions that an item's elements take."""
-        modality = self._modality(name)
-        return modality.order.places(count, modality.tokenizer.spec)
+        return self.limits.alongside(name, self.passed.get(name, 0))
 
     def _prompt(self) -> None:
         given = [replace(segment, loss=False) for segment in self.request.prompt]  # clean, whatever the default
@@ -147,18 +117,19 @@ class Row:
             item = self.forced.pop(0) if self.forced else None
         if item is not None:
             name, grid = item
-            self._open(name)
             if isinstance(grid, tuple):
-                self.grid = grid
+                self._open(name)
+                self.grid, self.within = grid, None
                 self._extents(self.vocabulary.opening(name, grid)[1:])
                 self._begin_session()
             else:
-                self.grid, self.state, self.head = (), "extent", 0
-                self.within, self.stretch = grid, self.request.stretch
+                self._open_unmeasured(name, grid, self.request.stretch)
         elif not self.request.text:
             self.state = "done"
         else:
             self.state, self.head = "text", 0
+            if self.owing:  # what is left of the room for items isn't for text
+                self.owing, self.limit = False, min(self.limit, self.main.length + self.request.max_tokens)
             if self.limit - self.main.length < 2:  # what is left is `eos`, which needs no asking
                 self._finish()
 
@@ -173,29 +144,19 @@ class Row:
         self._end_text()
         self.item = self.vocabulary.index[name]
         self.main.controls([self.vocabulary.begin(name)])
-        self._open_twins(self._sampling(name))
+        context = [*self.request.prompt, *self.segments]
+        self.twins = open_twins(self.model, self.number, context, self._sampling(name))
         for twin in self.twins:
             twin.controls([self.vocabulary.begin(name)])
 
-    def _open_twins(self, sampling: Sampling) -> None:
-        """For guidance, what the item would be without the context: after `bos null`; and where the items of the context have
-        a scale of their own, after `bos null` and those items."""
-        self.twins = []
-        if not sampling.guided:
-            return
-        scale, host = sampling.context_guidance, self.vocabulary.host.name
-        items = [
-            replace(s, loss=False) for s in (*self.request.prompt, *self.segments) if s.modality not in (host, NULL)
-        ]
-        apart = scale is not None and scale != sampling.guidance and bool(items)
-        if sampling.guidance == 1.0 and not apart:
-            return
-        contexts = [[], items] if apart and scale != 1.0 else [items] if apart else [[]]
-        for branch, context in enumerate(contexts, 1):
-            twin = Track(self.number, branch)
-            document = [Segment(NULL, None, loss=False), *context]
-            twin.given(self.model.build_document.draft(document, torch.Generator().manual_seed(0), close=False))
-            self.twins.append(twin)
+    def _open_unmeasured(self, name: str, within: range | None, stretch: float) -> None:
+        """An item whose extents are asked for next, or that has none to be asked for."""
+        self._open(name)
+        self.grid, self.within, self.stretch = (), within, stretch
+        if self.limits.spec(name).is_free:
+            self._begin_session()
+        else:
+            self.state, self.head = "extent", 0
 
     def _extents(self, ids: Sequence[int]) -> None:
         for track in self._tracks():
@@ -208,9 +169,14 @@ class Row:
         num_codes = spec.num_codes if spec.kind == "codes" else 0
         self.session = modality.order.session(self.grid, sampling, self.generator, known, spec.dim, num_codes)
         self.session.stop = spec.stop
-        self.alongside = self._alongside(modality.name)
-        self.alongside.check(math.prod(self.grid))
-        self.places = coordinates(self.grid).tolist()
+        self.alongside, self.automaton = self._alongside(modality.name), None
+        if spec.is_free:
+            self.session.most = self._most(known)
+            self.places = coordinates((self.session.most,)).tolist()
+            self.automaton = modality.tokenizer.automaton() if self.request.constrained else None
+        else:
+            self.alongside.check(math.prod(self.grid))
+            self.places = coordinates(self.grid).tolist()
         for track in self._tracks():
             track.enter(modality.order, self.item, self.grid)
         self.state, self.head, self.fed, self.orders, self.extent = "item", self.item, 0, 0, 0.0
@@ -222,6 +188,16 @@ class Row:
         if self.proposal.autoregressive and not self.session.lays_out:
             for token in self.session.content():
                 self._feed_element(token)
+
+    def _most(self, known: tuple[Tensor, Tensor] | None) -> int:
+        """Elements that there is room for in the open list of free length. Raises `ValueError` where as many are given."""
+        most = self._inside() if self.within is None else min(self._inside(), self.within[-1])
+        if known is not None and len(known[0]) >= most:
+            raise ValueError(
+                f"{len(known[0])} elements of {self.entry.name} are given, but there is room for {most}, of which one is to be "
+                "generated; give fewer, or shorten the prompt"
+            )
+        return most
 
     def _settle(self) -> None:
         """What has become final before its item is complete enters the cache with the next pass."""
@@ -268,6 +244,8 @@ class Row:
             for name, vectors in rows.items():
                 track.record("inject", name, vectors[0], len(track.ids))
             track.element(self.entry, self.item, token, self.fed, self.places[self.fed])
+        if self.automaton is not None:
+            self.automaton.accept(int(token))
         self.extent = max(self.extent, max(self.places[self.fed]) + 1.0)
         self.fed += 1
         self.orders = self.fed
@@ -276,12 +254,13 @@ class Row:
         """The item is complete: keep it clean in the cache, end it, drop the twin."""
         assert self.session is not None
         modality, content = self.model.modalities[self.item], self.session.content()
-        self.twins = []
+        self.twins, free = [], modality.tokenizer.spec.is_free
         micro = getattr(modality.order, "micro", ())
         kind = {"discrete": "ids", "codes": "codes", "continuous": "latents"}[self.entry.kind]
         assert self.alongside is not None
-        ended, rows = len(content) < math.prod(self.grid), self.alongside.of(len(content))
-        encoded = Encoded(grid=self.grid, micro=micro, ended=ended, alongside=rows, **{kind: content})
+        grid, rows = (len(content),) if free else self.grid, self.alongside.of(len(content))
+        ended = len(content) < math.prod(grid)
+        encoded = Encoded(grid=grid, micro=micro, ended=ended, alongside=rows, **{kind: content})
         self.segments.append(Segment(modality.name, encoded))
         self.passed[modality.name] = self.passed.get(modality.name, 0) + len(content)
         orders = self.orders
@@ -291,7 +270,7 @@ class Row:
             orders = int(layout.order.max()) + 1
         self.main.leave(orders, self.extent)
         self.main.controls([self.vocabulary.end(modality.name)])
-        self.session = self.proposal = None
+        self.session = self.proposal = self.automaton = None
 
     def _end_text(self) -> None:
         if self.text:
@@ -339,33 +318,27 @@ class Row:
         """The grammar's bias on the head's logits, or None where every id is allowed."""
         room = self.limit - self.main.length
         if self.state == "text":
-            openable = [n for n in self._openable_names() if self._fits(n, room)] if self.request.free else []
+            names = self.limits.openable() if self.request.free else []
+            openable = [n for n in names if self.limits.fits(n, room, self._alongside(n).room)]
             return self.grammar.text(tuple(openable), room > 1).to(self.model.device)
         if self.state == "extent":
             largest = self._largest_extent()
             lo, hi = (1, largest) if self.within is None else (self.within.start, min(self.within.stop - 1, largest))
             return self.grammar.extent(hi, min(lo, hi)).to(self.model.device)
+        if self.automaton is not None:
+            assert self.session is not None
+            allowed = self.automaton.allowed(self.session.most - self.fed)
+            return torch.where(allowed, ALLOWED, FORBIDDEN).to(self.model.device)
         return None
 
+    def _inside(self) -> int:
+        """The most elements of the open item, so that it fits, and those that are still to be opened."""
+        name, room = self.entry.name, self.limit - self.main.length
+        return self.limits.inside(name, len(self.grid), room, self.forced, self._alongside(name).room)
+
     def _largest_extent(self) -> int:
-        """What the open item's next axis may be, so that the item fits, and those that are still to be opened."""
-        name = self.entry.name
-        room = self.limit - self.main.length - sum(self._needed(item)[0] for item in self.forced)
-        inside = self._elements(name, room - self.grammar.overhead(name) + 1 + len(self.grid))
-        if (rows := self._alongside(name).room) is not None:
-            inside = min(inside, rows - self._least(name))
-        return self.grammar.largest(name, self.grid, inside)
-
-    def _openable_names(self) -> list[str]:
-        return [entry.name for entry in self.vocabulary.entries[1:] if entry.max_grid]
-
-    def _fits(self, name: str, room: int) -> bool:
-        """Whether the smallest item of this modality has its place, and rows alongside it."""
-        return room > self.grammar.overhead(name) + self._places(name, 1) and self._alongside(name).room != 0
-
-    def _elements(self, name: str, room: int) -> int:
-        """The most elements that fit in `room` positions."""
-        return bisect_right(range(1, room + 1), room, key=lambda count: self._places(name, count))
+        """What the open item's next axis may be."""
+        return self.grammar.largest(self.entry.name, self.grid, self._inside())
 
     def given(self) -> Tensor | None:
         """Sub-codes that the head needn't draw."""
@@ -405,10 +378,8 @@ class Row:
         elif token == self.vocabulary.control("eos"):
             self._finish()
         else:
-            name = next(n for n in self._openable_names() if self.vocabulary.begin(n) == token)
-            self._open(name)
-            self.grid, self.state, self.head = (), "extent", 0
-            self.within, self.stretch = None, 1.0
+            name = next(n for n in self.limits.openable() if self.vocabulary.begin(n) == token)
+            self._open_unmeasured(name, None, 1.0)
 
     def event(self) -> tuple[str, Tensor, float, int] | None:
         """(modality, content so far, fraction done, elements that are final) of what the last pass drew, once, for a progress

@@ -19,7 +19,7 @@ from mm.audio import Audio
 from mm.backbone import BackboneConfig
 from mm.cache import Chunk, KVCache
 from mm.generation import Engine, Request, assemble
-from mm.interfaces import Decoded, Draw, Encoded, Head, Modality, ModalityTokenizer, Order, Spec
+from mm.interfaces import Automaton, Decoded, Draw, Encoded, Head, Modality, ModalityTokenizer, Order, Spec
 from mm.layout import Segment
 from mm.model import MultimodalModel
 from mm.stream import TokenStream, pack
@@ -112,6 +112,70 @@ class Levels(ModalityTokenizer):
     def decode(self, encoded: Encoded) -> Decoded:
         assert encoded.codes is not None
         return Decoded(value=Audio((encoded.codes.flatten().float() / 3.5 - 1).numpy(), self.rate))
+
+
+BRACKETS = "()[]x"
+CLOSED = {0: 1, 2: 3}
+"""Ids of opening brackets → those of the closing ones."""
+
+
+class Brackets(ModalityTokenizer):
+    """A text of brackets and the letter x as a list of free length: one id a letter, and one at the end. It is valid where the
+    brackets close in turn, of which there is a pair at least; `automatic`: and then nothing else can be generated."""
+
+    def __init__(self, automatic: bool = True) -> None:
+        self.automatic = automatic
+
+    @property
+    def spec(self) -> Spec:
+        stop = len(BRACKETS)
+        return Spec(kind="discrete", vocab_size=stop + 1, stop=stop, least=3, fingerprint="brackets")
+
+    def encode(self, raw: str) -> Encoded:
+        return Encoded(grid=(len(raw) + 1,), ids=torch.tensor([*map(BRACKETS.index, raw), self.spec.stop]))
+
+    def decode(self, encoded: Encoded) -> Decoded:
+        assert encoded.ids is not None
+        ids = encoded.ids.tolist()
+        letters = "".join(BRACKETS[i] for i in ids if i < self.spec.stop)
+        return Decoded(value=letters, valid=ids[-1:] == [self.spec.stop] and balanced(letters))
+
+    def automaton(self) -> Automaton | None:
+        return Balance() if self.automatic else None
+
+
+class Balance(Automaton):
+    """What may follow in `Brackets`."""
+
+    def __init__(self) -> None:
+        self.open: list[int] = []
+        self.paired = False
+
+    def allowed(self, room: int) -> Bool[Tensor, " V"]:
+        mask = torch.zeros(len(BRACKETS) + 1, dtype=torch.bool)
+        if self.open:
+            mask[CLOSED[self.open[-1]]] = True
+        else:
+            mask[-1] = self.paired
+        least = len(self.open) + 1 if self.paired else 3  # elements that are needed from here on
+        mask[[0, 2]] = room >= len(self.open) + 3 or not self.paired
+        mask[4] = room > least
+        return mask
+
+    def accept(self, token: int) -> None:
+        if token in CLOSED:
+            self.open.append(token)
+            self.paired = True
+        elif self.open and token == CLOSED[self.open[-1]]:
+            self.open.pop()
+
+
+def balanced(letters: str) -> bool:
+    """Whether brackets close in turn, of which there is a pair at least."""
+    plain = letters.replace("x", "")
+    while plain != (fewer := plain.replace("()", "").replace("[]", "")):
+        plain = fewer
+    return not plain and letters.strip("x") != ""
 
 
 def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> Path:

@@ -9,15 +9,24 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from mm.grid import coordinates, given_prefix
-from mm.interfaces import Encoded, Layout, Order, Proposal, Sampling, Session
+from mm.interfaces import Encoded, Layout, Order, Proposal, Sampling, Session, Spec
 
 
 class Raster(Order):
     """x1 … xn in storage order, causal. `prefix=True` gives the elements of a *context* item one order, so that they see each
     other (prefix-LM: Parti's bidirectional prompt); items to be learned stay causal. `along`: as `Order.along`."""
 
+    free = True
+
     def __init__(self, prefix: bool = False, along: bool = False) -> None:
         self.prefix, self.along = prefix, along
+
+    def check(self, spec: Spec) -> None:
+        super().check(spec)
+        if spec.is_free and self.along:
+            raise ValueError(
+                "a list of free length can't run along a text, for its extent isn't known; leave along out"
+            )
 
     def layout(self, encoded: Encoded, *, context: bool, rng: torch.Generator) -> Layout:
         count = len(encoded)
@@ -49,19 +58,21 @@ class Raster(Order):
 
 
 class RasterSession(Session):
-    """Element by element; given elements must be a prefix, and are accepted without being sampled."""
+    """Element by element; given elements must be a prefix, and are accepted without being sampled. Without a grid it goes on to
+    `stop`, or as far as there is room."""
 
     def __init__(self, grid: tuple[int, ...], known: tuple[Tensor, Tensor] | None) -> None:
-        self.count = math.prod(grid)
+        self.grid = grid
         self.drawn: list[Tensor] = []
         if known is not None:
             first = given_prefix(known, grid)
             self.drawn = [first[i : i + 1] for i in range(len(first))]
 
     def propose(self) -> Proposal | None:
-        if len(self.drawn) >= self.count:
+        made, count = len(self.drawn), math.prod(self.grid) if self.grid else self.most
+        if made >= count or (not self.grid and made and int(self.drawn[-1]) == self.stop):
             return None
-        return Proposal(autoregressive=True, done=len(self.drawn) / self.count)
+        return Proposal(autoregressive=True, done=made / count)
 
     def accept(self, sample: Tensor, log_prob: Tensor | None) -> None:
         self.drawn.append(sample)
