@@ -223,8 +223,8 @@ class GaussianGrids(TrainedGrids):
     def reconstruct(self, batch: Tensor) -> Reconstruction:
         """With draws in training, with means otherwise. Its loss: the divergence from a standard normal distribution, the mean
         over all latents, times `kl`."""
-        mean, log_variance = self.distribution(batch)
-        divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).float().mean()
+        mean, log_variance = (values.float() for values in self.distribution(batch))
+        divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
         z = mean + (0.5 * log_variance).exp() * torch.randn_like(mean) if self.training else mean
         if self.normalizer.kind == "token":
             grid, rows = self.rows(z)

@@ -36,9 +36,9 @@ def ssim_loss(x: Float[Tensor, "B C H W"], y: Float[Tensor, "B C H W"]) -> Float
     return 1 - value
 
 
-def psnr(x: Float[Tensor, "B C H W"], y: Float[Tensor, "B C H W"]) -> Float[Tensor, " B"]:
-    """Peak signal-to-noise ratio of each picture in dB, both in [−1, 1] and rounded to bytes; identical pictures count
-    as an error of half a byte's square, 51 dB, instead of infinity."""
+def psnr(x: Float[Tensor, "B ..."], y: Float[Tensor, "B ..."]) -> Float[Tensor, " B"]:
+    """Peak signal-to-noise ratio of each picture, or clip, in dB, both in [−1, 1] and rounded to bytes; identical
+    pictures count as an error of half a byte's square, 51 dB, instead of infinity."""
     x, y = (((t.clamp(-1, 1) + 1) * 127.5).round() for t in (x, y))
     error = (x - y).square().flatten(1).mean(1).clamp_min(0.5)
     return 10 * torch.log10(255**2 / error)

@@ -37,10 +37,10 @@ STATISTICS = 4096
 
 
 class TokenizerModule(L.LightningModule):
-    """Trains any `TrainableTokenizer` of pictures.
+    """Trains any `TrainableTokenizer` of pictures, or of clips.
 
-    A batch is a `PictureBatch`-like pair: pictures (B, 3, H, W) in [−1, 1] and the source of each, by which the
-    validation figures are also split.
+    A batch is a `PictureBatch`-like pair: pictures (B, 3, H, W) in [−1, 1], or clips (B, T, 3, H, W), and the source of each, by
+    which the validation figures are also split. Losses and figures are those of single pictures.
 
     Args:
         tokenizer: what is trained.
@@ -137,13 +137,14 @@ class TokenizerModule(L.LightningModule):
         torch.set_rng_state(state)
 
     def _training_pictures(self, count: int) -> Tensor:
-        """The first pictures of the training data, in an order of their own."""
+        """The first pictures of the training data, or as many clips as have so many, in an order of their own."""
         taken: list[Tensor] = []
         for x, _ in cast(Any, self.trainer).datamodule.held_in_batches():
             taken.append(x)
-            if sum(map(len, taken)) >= count:
+            if sum(len(_pictures(part)) for part in taken) >= count:
                 break
-        return torch.cat(taken)[:count].to(self.device)
+        each = len(_pictures(taken[0][:1]))
+        return torch.cat(taken)[: math.ceil(count / each)].to(self.device)
 
     def on_fit_end(self) -> None:
         self.tokenizer.synchronise(False)
@@ -179,6 +180,7 @@ class TokenizerModule(L.LightningModule):
 
     def losses(self, x: Tensor, output: Tensor) -> dict[str, Tensor]:
         """The reconstruction terms that have a weight, not yet weighted."""
+        x, output = _pictures(x), _pictures(output)
         terms: dict[str, Tensor] = {}
         if self.weights["l1"]:
             terms["l1"] = F.l1_loss(output, x)
@@ -192,7 +194,8 @@ class TokenizerModule(L.LightningModule):
 
     def _prepare(self, batch: Any) -> tuple[Tensor, Tensor]:
         x, source = batch
-        return (x.contiguous(memory_format=torch.channels_last) if self.channels_last else x), source
+        last = self.channels_last and x.ndim == 4
+        return (x.contiguous(memory_format=torch.channels_last) if last else x), source
 
     def on_train_batch_start(self, *args: Any) -> None:
         # Evaluation mode also stops the codebook's moving averages and the replacement of dead codes.
@@ -222,7 +225,7 @@ class TokenizerModule(L.LightningModule):
         self.batches_done += 1
         if active:
             self.discriminator.requires_grad_(False)
-            generator = -self.discriminator(output).mean()
+            generator = -self.discriminator(_pictures(output)).mean()
             self.discriminator.requires_grad_(True)
             balance = adaptive_weight(loss, generator, self.tokenizer.last_layer())
             total = total + self.weights["adversarial"] * balance * generator
@@ -230,7 +233,7 @@ class TokenizerModule(L.LightningModule):
         self.log("train/loss", total.detach(), prog_bar=True, batch_size=len(x))
         self._step(optimizers[0], schedules[0], total)
         if active:
-            judge = hinge_loss(self.discriminator(x), self.discriminator(output.detach()))
+            judge = hinge_loss(self.discriminator(_pictures(x)), self.discriminator(_pictures(output.detach())))
             self.log("train/discriminator", judge.detach(), batch_size=len(x))
             self._step(optimizers[1], schedules[1], judge)
 
@@ -262,23 +265,25 @@ class TokenizerModule(L.LightningModule):
         x, source = self._prepare(batch)
         out = self.tokenizer.reconstruct(x)
         self._val_counts = count_codes(self._val_counts, out.ids, self.tokenizer)
-        similarity = structural_similarity_index_measure(out.output.clamp(-1, 1), x, data_range=2.0, reduction="none")
-        error = F.mse_loss(out.output.clamp(-1, 1), x, reduction="none").flatten(1).mean(1) / 4
-        figures = torch.stack([psnr(out.output, x), cast(Tensor, similarity), error, torch.ones_like(error)])
+        source = source.repeat_interleave(len(_pictures(x)) // len(x))
+        x, made = _pictures(x), _pictures(out.output).float()
+        similarity = structural_similarity_index_measure(made.clamp(-1, 1), x, data_range=2.0, reduction="none")
+        error = F.mse_loss(made.clamp(-1, 1), x, reduction="none").flatten(1).mean(1) / 4
+        figures = torch.stack([psnr(made, x), cast(Tensor, similarity), error, torch.ones_like(error)])
         for name in source.unique().tolist():
             total = figures[:, source == name].double().sum(1)
             self._val.setdefault(name, []).append(total)
         if self._shown is None:
-            self._shown = (x[: self.pictures], out.output[: self.pictures])
+            self._shown = (x[: self.pictures], made[: self.pictures])
 
     def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:
-        """For every picture its source, its ids if it has any, and the PSNR of what they decode to (dB)."""
+        """For every picture or clip its source, its ids if it has any, and the PSNR of what they decode to (dB)."""
         x, source = self._prepare(batch)
         out = self.tokenizer.reconstruct(x)
         names = getattr(getattr(self.trainer, "datamodule", None), "names", None)
         rows: list[dict[str, Any]] = [
             {"source": names[s] if names else s, "psnr": decibels}
-            for s, decibels in zip(source.tolist(), psnr(out.output, x).tolist(), strict=True)
+            for s, decibels in zip(source.tolist(), psnr(out.output.float(), x).tolist(), strict=True)
         ]
         if out.ids is not None:
             rows = [{**row, "ids": ids.flatten().tolist()} for row, ids in zip(rows, out.ids, strict=True)]
@@ -345,3 +350,8 @@ class TokenizerModule(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.batches_done = int(checkpoint.get("tokenizer_module", {}).get("batches_done", 0))
+
+
+def _pictures(x: Tensor) -> Tensor:
+    """Of clips (B, T, 3, H, W) all their frames; pictures as they are."""
+    return x.flatten(0, -4)

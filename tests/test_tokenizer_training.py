@@ -158,7 +158,7 @@ def test_batches_resume_where_they_stopped_and_ranks_share_them(files: Path) -> 
     assert len(taken) == 16
     for a, b in zip(taken, [*epochs[0], *epochs[1]], strict=True):
         assert torch.equal(a, b)
-    order = whole._order(0)
+    order = source.order(0)
     halves = [list(ShuffledBatches(source, rank, 2)) for rank in range(2)]
     assert [len(half) for half in halves] == [4, 4]
     for step in range(4):

@@ -21,6 +21,7 @@ from PIL import Image
 from mm import plugins
 from mm.audio import Audio
 from mm.interfaces import Decoded, Encoded, ModalityTokenizer, Spec
+from mm.video import Video
 
 NAMES = plugins.available("tokenizers")
 
@@ -85,7 +86,10 @@ def content(spec: Spec, count: int, low: int = 0, high: int | None = None) -> di
 
 
 def same(a: Any, b: Any) -> bool:
-    """Equal raw data; pictures may differ by one step of rounding, sounds by that of 16 bits."""
+    """Equal raw data; pictures and frames may differ by one step of rounding, sounds by that of 16 bits."""
+    if isinstance(a, Video):
+        one, two = a.frames.astype(int), b.frames.astype(int)
+        return a.fps == b.fps and one.shape == two.shape and int(np.abs(one - two).max()) <= 1
     if isinstance(a, Audio):
         return a.rate == b.rate and a.samples.shape == b.samples.shape and np.allclose(a.samples, b.samples, atol=1e-4)
     if isinstance(a, Image.Image):
@@ -117,6 +121,8 @@ def test_spec(name: str, tokenizer: ModalityTokenizer) -> None:
     assert (spec.sample_rate > 0) == (spec.frame_rate > 0), "sound has both"
     assert all(1 <= extent <= 256 for extent in spec.max_grid), "size controls state extents of 1 to 256"
     assert (spec.kind == "continuous") == (spec.dim > 0)
+    assert (spec.fps > 0) == isinstance(raws(name)[0], Video), "video says its rate, and nothing else does"
+    assert spec.frame_stride >= 1
 
 
 def test_encode(name: str, tokenizer: ModalityTokenizer) -> None:
@@ -179,6 +185,12 @@ def test_round_trip(name: str, tokenizer: ModalityTokenizer) -> None:
             width, height = decoded.value.size
             if tokenizer.spec.spatial:
                 assert width * encoded.grid[0] == height * encoded.grid[1], "rows and columns have the same scale"
+        elif isinstance(raw, Video):
+            spec, step = tokenizer.spec, tokenizer.spec.frame_stride
+            assert decoded.value.fps == spec.fps
+            if spec.max_grid:
+                assert len(decoded.value) == 1 + (encoded.grid[0] - 1) * step, "steps have one length"
+            assert 0 <= len(decoded.value) - raw.seconds * spec.fps < step, "the clip keeps its length"
         elif isinstance(raw, Audio):
             spec, seconds = tokenizer.spec, decoded.value.seconds
             assert decoded.value.rate == spec.sample_rate

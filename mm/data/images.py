@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import lightning as L
 import numpy as np
@@ -151,10 +151,27 @@ def _read_npz(path: Path, size: int) -> tuple[list[str], list[Tensor]]:
     return keys, list(torch.from_numpy(canvas)[:, None].expand(-1, 3, -1, -1).contiguous())
 
 
-def _rng(*parts: int) -> torch.Generator:
-    # A generator per purpose and step, so that a resumed run needs no saved generator state.
+def seeded(*parts: int) -> torch.Generator:
+    """A generator per purpose and step, so that a resumed run needs no saved generator state."""
     seed = np.random.SeedSequence([p % (1 << 32) for p in parts]).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(seed >> 1))
+
+
+class Drawn(Protocol):
+    """What `ShuffledBatches` draws from."""
+
+    batch_size: int
+    seed: int
+
+    @property
+    def epoch_size(self) -> int:
+        """Rows of an epoch."""
+
+    def order(self, epoch: int) -> Int[Tensor, " N"]:
+        """Rows of an epoch in their order, the same on every rank."""
+
+    def drawn(self, rows: Int[Tensor, " B"], rng: torch.Generator) -> Any:
+        """The batch of these rows; `rng` draws what differs from one epoch to the next."""
 
 
 class ShuffledBatches:
@@ -163,16 +180,15 @@ class ShuffledBatches:
     Lightning calls `state_dict` and `load_state_dict` on loaders that have them.
     """
 
-    def __init__(self, data: ImageTensorDataModule, rank: int, world: int) -> None:
+    def __init__(self, data: Drawn, rank: int, world: int) -> None:
         self.data, self.rank, self.world = data, rank, world
         self.epoch, self.done = 0, 0
 
     def __len__(self) -> int:
-        per_epoch = sum(len(rows) for rows in self.data.draw(0))
-        return per_epoch // (self.data.batch_size * self.world)
+        return self.data.epoch_size // (self.data.batch_size * self.world)
 
-    def __iter__(self) -> Iterator[PictureBatch]:
-        order = self._order(self.epoch)
+    def __iter__(self) -> Iterator[Any]:
+        order = self.data.order(self.epoch)
         size = self.data.batch_size * self.world
         for index in range(self.done, len(self)):
             rows = order[index * size + self.rank : (index + 1) * size : self.world]
@@ -182,11 +198,7 @@ class ShuffledBatches:
                 epoch = self.epoch - 1
             else:
                 epoch = self.epoch
-            yield self.data.batch(rows, flips=_rng(self.data.seed, epoch, index, self.rank))
-
-    def _order(self, epoch: int) -> Int[Tensor, " N"]:
-        rows = torch.cat(self.data.draw(epoch))
-        return rows[torch.randperm(len(rows), generator=_rng(self.data.seed, epoch, -1, 0))]
+            yield self.data.drawn(rows, seeded(self.data.seed, epoch, index, self.rank))
 
     def state_dict(self) -> dict[str, int]:
         return {"epoch": self.epoch, "done": self.done}
@@ -274,9 +286,10 @@ class ImageTensorDataModule(L.LightningDataModule):
         self.train_rows = train
         self.held_out_rows = torch.cat(test if self.holdout_every else train)
         world = self.trainer.world_size if self.trainer else 1
-        drawn = sum(len(rows) for rows in self.draw(0))
-        if drawn < self.batch_size * world:
-            raise ValueError(f"an epoch draws {drawn} pictures, fewer than one batch of {self.batch_size * world}")
+        if self.epoch_size < self.batch_size * world:
+            raise ValueError(
+                f"an epoch draws {self.epoch_size} pictures, fewer than one batch of {self.batch_size * world}"
+            )
 
     def draw(self, epoch: int) -> list[Tensor]:
         """Rows of each source that this epoch uses (all, or a fresh `share` of them)."""
@@ -284,7 +297,7 @@ class ImageTensorDataModule(L.LightningDataModule):
         for number, (source, rows) in enumerate(zip(self.sources, self.train_rows, strict=True)):
             count = round(len(rows) * source.share)
             if count < len(rows):
-                rows = rows[torch.randperm(len(rows), generator=_rng(self.seed, epoch, -2, number))[:count]]
+                rows = rows[torch.randperm(len(rows), generator=seeded(self.seed, epoch, -2, number))[:count]]
             out.append(rows)
         return out
 
@@ -297,10 +310,21 @@ class ImageTensorDataModule(L.LightningDataModule):
             pixels = torch.where(mirror[:, None, None, None], pixels.flip(-1), pixels)
         return PictureBatch(pixels, source)
 
+    @property
+    def epoch_size(self) -> int:
+        return sum(len(rows) for rows in self.draw(0))
+
+    def order(self, epoch: int) -> Int[Tensor, " N"]:
+        rows = torch.cat(self.draw(epoch))
+        return rows[torch.randperm(len(rows), generator=seeded(self.seed, epoch, -1, 0))]
+
+    def drawn(self, rows: Int[Tensor, " B"], rng: torch.Generator) -> PictureBatch:
+        return self.batch(rows, flips=rng)
+
     def held_in_batches(self) -> Iterator[PictureBatch]:
         """Training pictures in an order of its own, the same on every rank, not mirrored."""
         rows = torch.cat(self.draw(0))
-        rows = rows[torch.randperm(len(rows), generator=_rng(self.seed, 0, -3, 0))]
+        rows = rows[torch.randperm(len(rows), generator=seeded(self.seed, 0, -3, 0))]
         for part in rows.split(self.batch_size):
             yield self.batch(part, flips=None)
 
