@@ -172,3 +172,70 @@ def test_sounds_that_pipelines_return_save_themselves(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="sound 2 of 2 has no samples"):
         broken.save(tmp_path / "b.wav")
     assert not list(tmp_path.glob("b*"))
+
+
+# --- sounds too long for one piece ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def short_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second is long, and cut after 20 elements."""
+    from mm.commands import long_sounds
+
+    monkeypatch.setattr(long_sounds, "MAX_SECONDS", 1.0)
+    monkeypatch.setattr(long_sounds, "PIECE", 0.64)
+
+
+@pytest.mark.parametrize("rate", [8000, 44_100])
+def test_tokenize_a_long_sound_piece_by_piece(
+    rate: int, short_pieces: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mm.tokenizers.speech_codec import SpeechCodec
+
+    monkeypatch.chdir(tmp_path)
+    tokenizer = SpeechCodec.tiny()
+    tokenizer.save("codec")
+    save_audio("long.wav", Audio(sine(2.0, rate), rate))
+    figures = tokenized(capsys, "long.wav", "--tokenizer", "codec", "--out", "back.wav")
+    assert (figures["pieces"], figures["seconds"], figures["decoded_seconds"]) == (4, 2.0, 2.0)
+    assert figures["tokens"] == figures["grid"][0] == 3 * 20 + 3  # 0.08 s are left
+    assert figures["bits"] == round(63 * tokenizer.spec.num_codes * math.log2(tokenizer.spec.vocab_size), 1)
+    assert figures["bits_per_second"] == round(figures["bits"] / 2, 1)
+    raw, back = load_audio("long.wav", rate=16_000), load_audio("back.wav")
+    assert back.rate == 16_000 and len(back.samples) == 32_000
+    first = tokenizer.decode(tokenizer.encode(Audio(raw.samples[:10_240], 16_000))).value.samples
+    if rate == 8000:  # resampled, a piece is that of the whole but for its ends
+        assert np.abs(back.samples[:10_240] - first)[:8000].max() < 0.02
+    short = tokenized(capsys, "long.wav", "--tokenizer", "codec")
+    assert figures["log_mel_l1"] == short["log_mel_l1"] > 0 and "wrote" not in short
+
+
+def test_figures_of_pieces_are_means_by_their_seconds() -> None:
+    from mm.commands.long_sounds import together
+
+    one = {"sample_rate": 8000, "seconds": 3.0, "decoded_seconds": 3.0, "log_mel_l1": 1.0, "stoi": 0.8}
+    other = {"sample_rate": 8000, "seconds": 1.0, "decoded_seconds": 1.5, "log_mel_l1": 2.0, "stoi": None}
+    assert together([one, other]) == {
+        "sample_rate": 8000, "seconds": 4.0, "decoded_seconds": 4.5, "log_mel_l1": 1.25, "stoi": 0.8
+    }  # fmt: skip
+    assert together([other])["stoi"] is None
+
+
+def test_tokenize_refusals_of_long_sounds(
+    short_pieces: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mm.commands import long_sounds
+    from mm.tokenizers.speech_codec import SpeechCodec
+
+    pytest.importorskip("pocketsphinx")
+    monkeypatch.chdir(tmp_path)
+    SpeechCodec.tiny().save("codec")
+    save_audio("long.flac", Audio(sine(2.0), 16_000))
+    assert main(["tokenize", "long.flac", "--tokenizer", "codec", "--transcript", "one"]) == 2
+    assert "--transcript is of sounds of up to ten minutes" in capsys.readouterr().err
+    monkeypatch.setattr(long_sounds, "MAX_SAMPLES", 20_000)
+    assert main(["tokenize", "long.flac", "--tokenizer", "codec", "--out", "back.wav"]) == 2
+    assert "is longer than the 1.25 s that --out writes" in capsys.readouterr().err
+    Path("cut.flac").write_bytes(Path("long.flac").read_bytes()[:2000])
+    assert main(["tokenize", "cut.flac", "--tokenizer", "codec"]) == 2
+    assert "is truncated" in capsys.readouterr().err and not Path("back.wav").exists()

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -60,28 +61,25 @@ def main(argv: list[str]) -> int:
     if not tokenizer.decodes and (out or args.transcript is not None):
         raise ValueError(f"{args.tokenizer!r} makes prompts and can't decode them; leave out --out and --transcript")
     raw = read(args.file, kind)
-    start = time.perf_counter()
-    encoded = tokenizer.encode(raw)
-    middle = time.perf_counter()
-    decoded = tokenizer.decode(encoded)
-    end = time.perf_counter()
-    figures: dict[str, Any] = {
-        "tokenizer": type(tokenizer).__name__,
-        "tokens": len(encoded),
-        "grid": list(encoded.grid),
-        "bits": bits(tokenizer.spec, encoded),
-        "file_bits": 8 * Path(args.file).stat().st_size,
-        **(lost(raw, decoded.value, kind, getattr(tokenizer, "waveform", False)) if tokenizer.decodes else {}),
-        "encode_ms": round(1000 * (middle - start), 2),
-        "decode_ms": round(1000 * (end - middle), 2),
-    }
-    figures |= rate(figures["bits"], raw, decoded.value, kind)
+    measured: dict[str, Any]
+    value: Any
+    if isinstance(raw, Iterator):
+        from mm.commands.long_sounds import tokenize_pieces
+
+        if args.transcript is not None:
+            raise ValueError(
+                "--transcript is of sounds of up to ten minutes; leave it out, or cut the sound into parts"
+            )
+        measured, value = tokenize_pieces(raw, tokenizer, keep=bool(out))
+    else:
+        measured, value = tokenize(raw, tokenizer, kind)
+    figures = {"tokenizer": type(tokenizer).__name__, "file_bits": 8 * Path(args.file).stat().st_size, **measured}
     if kind == "sound":
         figures["frame_rate"] = round(tokenizer.spec.frame_rate, 4)
     if args.transcript is not None:
-        figures |= heard(raw, decoded.value, words)
+        figures |= heard(raw, value, words)
     if out:
-        write(out, decoded.value)
+        write(out, value)
         figures["wrote"] = str(out)
     figures = {name: None if value in UNKNOWN or value != value else value for name, value in figures.items()}
     if args.json:
@@ -89,6 +87,31 @@ def main(argv: list[str]) -> int:
     else:
         print(table([(name.replace("_", " "), str(value)) for name, value in figures.items()]))
     return 0
+
+
+def tokenize(raw: Any, tokenizer: ModalityTokenizer, kind: Kind) -> tuple[dict[str, Any], Any]:
+    """Figures, and what was decoded."""
+    start = time.perf_counter()
+    encoded = tokenizer.encode(raw)
+    middle = time.perf_counter()
+    decoded = tokenizer.decode(encoded)
+    end = time.perf_counter()
+    size = bits(tokenizer.spec, encoded)
+    figures = {
+        "tokens": len(encoded),
+        "grid": list(encoded.grid),
+        "bits": size,
+        **(lost(raw, decoded.value, kind, waveform(tokenizer)) if tokenizer.decodes else {}),
+        "encode_ms": round(1000 * (middle - start), 2),
+        "decode_ms": round(1000 * (end - middle), 2),
+        **rate(size, raw, decoded.value, kind),
+    }
+    return figures, decoded.value
+
+
+def waveform(tokenizer: ModalityTokenizer) -> bool:
+    """Whether it was trained to give the waveform back, phases and all."""
+    return bool(getattr(tokenizer, "waveform", False))
 
 
 def kind_of_file(file: str) -> Kind:
@@ -153,19 +176,21 @@ def kind_of(spec: Spec) -> Kind | None:
     """What a tokenizer is for, by its spec; None for none of the three."""
     if spec.sample_rate:
         return "sound"
+    if spec.is_free:
+        return "picture" if spec.pixels and not spec.fps else None
     return {0: "text", 2: "picture"}.get(len(spec.max_grid))  # type: ignore[return-value]
 
 
 def read(file: str, kind: Kind) -> Any:
-    """The file as its tokenizer wants it."""
+    """The file as its tokenizer wants it; a long sound as pieces of it."""
     if kind == "picture":
         from mm.media import load_image
 
         return load_image(file)
     if kind == "sound":
-        from mm.audio import load_audio
+        from mm.commands.long_sounds import sound_or_pieces
 
-        return load_audio(file)
+        return sound_or_pieces(file)
     from mm import safe_io
 
     try:
