@@ -242,8 +242,9 @@ def _at_own_rate(
     total, slack = sum(steps), 1.05 * clip.tick
     if clip.rate and abs(len(frames) / clip.rate - total) <= 2 * slack and _even(steps, 1 / clip.rate, slack):
         return frames, clip.rate
-    if _even(steps, total / len(steps), slack):
-        return frames, _near_whole(len(steps) / total)
+    for step in (total / len(steps), sum(steps[:-1]) / max(1, len(steps) - 1)):  # a GIF's last frame is often a tick longer
+        if step and _even(steps, step, slack):
+            return frames, _near_whole(1 / step)
     shortest = min(steps)
     counts = [round(step / shortest) for step in steps]  # of a rate at which some frames last for several
     step = total / sum(counts)

@@ -13,16 +13,17 @@ from __future__ import annotations
 import io
 import itertools
 import os
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
 from mm.media import MAX_SIDE, load_image
+from mm.video_boxes import check_mp4, check_webm
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -40,6 +41,11 @@ FFMPEG = {"mp4": "mov", "webm": "matroska"}
 """Kind of file → FFmpeg's name of its reader; the others are Pillow's."""
 PICTURES = {"gif": "GIF", "png": "PNG", "webp": "WEBP", "avif": "AVIF"}
 """Kind of file that may be an animation → Pillow's name of it."""
+CODECS = (
+    *("h264", "hevc", "mpeg4", "vp8", "vp9", "libdav1d", "av1", "mjpeg", "png", "prores"),
+    *("libvpx", "libvpx-vp9", "ffv1", "qtrle", "rawvideo", "h263"),
+)
+"""Decoders of FFmpeg that are used. It has hundreds, most of them for formats that nobody has used for decades."""
 KNOWN = "MP4, MOV, WebM, MKV, GIF, APNG, animated WebP and AVIF"
 
 
@@ -182,12 +188,10 @@ def _still(data: bytes, name: str, limits: Limits) -> Clip:
 def _animation(file: IO[bytes], name: str, limits: Limits, kind: str, start: bytes) -> Clip:
     from PIL import Image
 
-    if kind == "webp":  # its reader makes room for the whole canvas as soon as it is opened
-        limits.check_frame(name, *_webp_size(start))
+    if all(size := _size(kind, start)):  # WebP's reader makes room for the whole canvas as soon as it is opened
+        limits.check_frame(name, *size)
     try:
-        with warnings.catch_warnings():  # sizes are bounded here
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            picture = Image.open(file, formats=[PICTURES[kind]])
+        picture = Image.open(file, formats=[PICTURES[kind]])
         limits.check_frame(name, *picture.size)
         # a GIF's frames aren't counted in its header, and Pillow counts them by reading the file: they are counted as they come
         count = 1 if kind == "gif" else int(getattr(picture, "n_frames", 1))
@@ -196,10 +200,12 @@ def _animation(file: IO[bytes], name: str, limits: Limits, kind: str, start: byt
             raise
         raise ValueError(f"{name} is damaged or not a picture ({PICTURES[kind]}): {_short(error)}") from error
     limits.check(name, *picture.size, count if limits.fps is None else 1)
-    return Clip(_pictures(picture, name, limits), 0.01 if kind == "gif" else 0.001)
+    return Clip(_pictures(picture, name, limits, count), 0.01 if kind == "gif" else 0.001)
 
 
-def _pictures(picture: Image.Image, name: str, limits: Limits) -> Iterator[tuple[float | None, float | None, Frame]]:
+def _pictures(
+    picture: Image.Image, name: str, limits: Limits, count: int
+) -> Iterator[tuple[float | None, float | None, Frame]]:
     time = 0.0
     size = picture.size
     first = 1 if picture.info.get("default_image") and getattr(picture, "n_frames", 1) > 1 else 0
@@ -209,7 +215,11 @@ def _pictures(picture: Image.Image, name: str, limits: Limits) -> Iterator[tuple
                 picture.seek(number)
             if picture.size == size:  # else nothing is decoded
                 picture.load()
-        except EOFError:
+        except EOFError as error:
+            if number < count:
+                raise ValueError(
+                    f"{name} is truncated: it has {number} of {count} frames ({picture.format})"
+                ) from error
             return
         except Exception as error:
             raise ValueError(
@@ -227,9 +237,13 @@ def _pictures(picture: Image.Image, name: str, limits: Limits) -> Iterator[tuple
         time += seconds
 
 
-def _webp_size(start: bytes) -> tuple[int, int]:
-    """Columns and rows by the first 32 bytes; 0 where they are of no known layout."""
-    whole = int.from_bytes(start, "little")
+def _size(kind: str, start: bytes) -> tuple[int, int]:
+    """Columns and rows by the first 32 bytes; 0 where these don't tell."""
+    if kind == "png":
+        return int.from_bytes(start[16:20], "big"), int.from_bytes(start[20:24], "big")
+    whole = int.from_bytes(start.ljust(32, b"\0"), "little")
+    if kind == "gif":
+        return whole >> 48 & 0xFFFF, whole >> 64 & 0xFFFF
     if start[12:16] == b"VP8X":
         return (whole >> 192 & 0xFFFFFF) + 1, (whole >> 216 & 0xFFFFFF) + 1
     if start[12:16] == b"VP8L":
@@ -249,13 +263,20 @@ def _changed(name: str, before: tuple[int, int], after: tuple[int, int]) -> Valu
 @contextmanager
 def _through_ffmpeg(file: IO[bytes], name: str, limits: Limits, kind: str) -> Iterator[Clip]:
     av = require_av(f"{name} is of a kind that needs FFmpeg", "or save it as a GIF")
+    seen: Any = file
+    if kind == "mp4":
+        most = MAX_DECODED if limits.fps else min(limits.frames, MAX_DECODED)
+        seen = check_mp4(file, name, most, partial(limits.check_frame, name))
+    else:
+        check_webm(file, name)
     options = {
         "protocol_whitelist": "none",  # a container must not make FFmpeg open other files or addresses
         "max_pixels": str(max(2 * limits.pixels, 1 << 16)),  # of the decoder, whose frames are a little larger
         "max_streams": "32",
+        "codec_whitelist": ",".join(CODECS),
     }
     try:
-        container: Any = av.open(file, format=FFMPEG[kind], options=options, metadata_errors="ignore")
+        container: Any = av.open(seen, format=FFMPEG[kind], options=options, metadata_errors="ignore")
     except Exception as error:
         raise ValueError(f"{name} is damaged or not a video ({kind}): {_short(error)}") from error
     with container:
@@ -264,8 +285,9 @@ def _through_ffmpeg(file: IO[bytes], name: str, limits: Limits, kind: str) -> It
         if stream is None:
             raise ValueError(f"{name} has no video track")
         context = stream.codec_context
-        if context is None:
-            raise ValueError(f"{name} is coded in a way that this FFmpeg can't decode")
+        if context is None or context.codec.name not in CODECS:
+            found = "unknown" if context is None else context.codec.name
+            raise ValueError(f"{name} is coded as {found}, which isn't read; convert it to H.264, VP9 or AV1")
         context.thread_count = 1  # each thread would hold frames of its own
         context.options = {"max_pixels": options["max_pixels"]}
         rate = float(stream.average_rate or stream.guessed_rate or 0) or None
@@ -359,5 +381,5 @@ def too_many(name: str) -> ValueError:
 
 
 def _short(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
+    text = str(getattr(error, "strerror", None) or error).strip().splitlines()
     return (text[0][:200] if text else type(error).__name__).rstrip(".")
