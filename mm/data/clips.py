@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mm import pictures
 from mm.data.example import BrokenExample, Source
-from mm.data.images import ShuffledBatches, seeded
+from mm.data.images import Batches, ShuffledBatches, seeded
 from mm.video import Video, resample_frames, square
 
 EPOCH = 1 << 16
@@ -142,7 +142,7 @@ class ClipDataModule(L.LightningDataModule):
         if self._held is None:
             self._held = self.clips(self.validation, range(min(self.held_out, len(self.validation))), None)
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        return [self.batch(part) for part in self._held[rank::world].split(self.batch_size)]
+        return Batches(self._held[rank::world].split(self.batch_size), self.batch)
 
     def predict_dataloader(self) -> Any:
         return self.val_dataloader()

@@ -10,8 +10,9 @@ Letters in shapes: N pictures, B batch, S side in pixels.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Protocol
 
@@ -208,17 +209,16 @@ class ShuffledBatches:
 
 
 class Batches:
-    """Held-out batches in order, every rank its part."""
+    """Held-out batches in order, made as they are asked for."""
 
-    def __init__(self, data: ImageTensorDataModule, rows: Tensor) -> None:
-        self.data, self.chunks = data, list(rows.split(data.batch_size))
+    def __init__(self, chunks: Sequence[Tensor], make: Callable[[Tensor], Any]) -> None:
+        self.chunks, self.make = chunks, make
 
     def __len__(self) -> int:
         return len(self.chunks)
 
-    def __iter__(self) -> Iterator[PictureBatch]:
-        for rows in self.chunks:
-            yield self.data.batch(rows, flips=None)
+    def __iter__(self) -> Iterator[Any]:
+        return map(self.make, self.chunks)
 
 
 class ImageTensorDataModule(L.LightningDataModule):
@@ -336,7 +336,8 @@ class ImageTensorDataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> Any:
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        return Batches(self, self.held_out_rows[rank::world])
+        rows = self.held_out_rows[rank::world]
+        return Batches(rows.split(self.batch_size), partial(self.batch, flips=None))
 
     def predict_dataloader(self) -> Any:
         return self.val_dataloader()
