@@ -18,8 +18,7 @@ from mm.layout import Segment
 from mm.pipelines.base import Callback, Pipeline, check_count, choose_seed, several
 from mm.pipelines.media import CLIPS, SOUNDS, Medium
 from mm.pipelines.outputs import AnyOutput
-from mm.video import Video
-from mm.video_encoding import Frames
+from mm.video import Frames, Video
 
 Part = str | os.PathLike[str] | bytes | IO[bytes] | Image.Image | Audio | Video | Frames
 """A text (str); a picture: the path of a file as `pathlib.Path`, its bytes, an open binary file, or a PIL picture; a sound:
@@ -66,8 +65,8 @@ class AnyToAnyPipeline(Pipeline):
             if not isinstance(name, str):
                 raise ValueError(f"got a {type(name).__name__} for a modality of `to`; give its name")
             grid = self.model.vocabulary[name].max_grid
-            if not grid:
-                raise ValueError(f"{name!r} has no items of a fixed size to begin with; text is written anyway")
+            if name == self.text:
+                raise ValueError(f"{name!r} has no items to begin with; text is written anyway")
             items.append((name, grid if len(grid) > 1 else None))  # the model says how long a list is
         if not isinstance(sampling, Mapping | None):
             raise ValueError(f"got a {type(sampling).__name__} for sampling; give a mapping from modality to Sampling")

@@ -15,8 +15,7 @@ from mm.interfaces import Encoded, Sampling
 from mm.layout import Segment
 from mm.pipelines.base import Callback, Picture, Pipeline, SamplingOptions, check_count, choose_seed, several
 from mm.pipelines.outputs import TextOutput
-from mm.video import Video
-from mm.video_encoding import Frames
+from mm.video import Frames, Video
 
 Seen = Picture | Video | Frames
 

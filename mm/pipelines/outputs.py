@@ -5,23 +5,22 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from mm import safe_io, video_encoding
+from mm import safe_io
 from mm.audio import WRITTEN, Audio, Samples, save_audio
 from mm.interfaces import Encoded
 from mm.sheet import grid, strips
-from mm.video import Video, save_video
-from mm.video_encoding import Frames
+from mm.video import WRITTEN as WRITTEN_VIDEOS
+from mm.video import Frames, Video, has_av, save_video
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 TEXTS = (".txt", ".md")
 SOUNDS = WRITTEN
-VIDEOS = video_encoding.WRITTEN
+VIDEOS = WRITTEN_VIDEOS
 
 
 @dataclass(frozen=True)
@@ -189,7 +188,7 @@ class AnyOutput:
 
 def video_endings() -> tuple[str, ...]:
     """Endings that clips can have, the usual one first."""
-    return VIDEOS if find_spec("av") is not None else (".gif", *(ending for ending in VIDEOS if ending != ".gif"))
+    return VIDEOS if has_av() else (".gif", *(ending for ending in VIDEOS if ending != ".gif"))
 
 
 def numbered(path: str | os.PathLike[str], count: int, name: str, endings: Sequence[str]) -> list[Path]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from mm.audio import Audio
 from mm.generation import Event
 from mm.interfaces import Encoded, ModalityTokenizer
-from mm.video_encoding import Frames
+from mm.video import Frames
 
 CONTEXT = 32
 """Elements on either side that are decoded with a piece, where the tokenizer doesn't say how many matter (`decoder_reach`)."""

@@ -27,8 +27,7 @@ from mm.pipelines.base import (
 from mm.pipelines.media import most_frames
 from mm.pipelines.outputs import VideoOutput
 from mm.pipelines.playing import Reel, events
-from mm.video import Video, VideoSource
-from mm.video_encoding import Frames
+from mm.video import Frames, Video, VideoSource
 
 Grid = tuple[int, ...]
 
@@ -109,7 +108,7 @@ class TextToVideoPipeline(Pipeline):
         return self.encode_prompts(prompts, "video")
 
     def given(self, *, image: Picture | None = None, video: VideoSource | None = None) -> Encoded | None:
-        """A picture, or the end of a clip, as the first steps in time of an item."""
+        """A picture, or the end of a clip, as the first elements of an item: whole steps in time, or a file up to its end."""
         tokenizer, spec = self.tokenizer(self.video), self.tokenizer(self.video).spec
         if not tokenizer.decodes:
             raise ValueError(f"this model reads {self.video!r} and can't make it; use a model that makes video")
@@ -117,35 +116,38 @@ class TextToVideoPipeline(Pipeline):
             return None
         if image is not None and video is not None:
             raise ValueError("got both image and video; give the picture to begin with, or the clip to go on from")
-        if len(spec.max_grid) != 3 or not spec.spatial:
+        if not spec.is_free and (len(spec.max_grid) != 3 or not spec.spatial):
             raise ValueError(
                 f"the tokens of {self.video!r} don't stand for places in a clip, so that none can be given; leave image and "
                 "video out, or use a model whose tokens lie on a grid"
             )
         if image is not None:
-            return tokenizer.encode(Video(np.asarray(load_image(image))[None], spec.fps))
-        assert video is not None
-        clip = self.load_video(video)
+            clip = Video(np.asarray(load_image(image))[None], spec.fps)
+        else:
+            assert video is not None
+            clip = self.load_video(video)
         most = most_frames(spec)
         if len(clip.frames) > most:
             raise ValueError(
                 f"the clip has {len(clip.frames)} frames at {spec.fps:g} a second, and the model reads up to {most}; give its end"
             )
         odd = (len(clip.frames) - 1) % spec.frame_stride  # what is nearest to the generated frames matters most
-        return tokenizer.encode(Video(clip.frames[odd:], clip.fps))
+        encoded = tokenizer.encode(Video(clip.frames[odd:], clip.fps))
+        if not spec.is_free:
+            return encoded
+        kept = encoded.content[encoded.content != spec.stop]
+        return self.wrap(self.video, kept, (len(kept),))
 
     def grid(self, num_frames: int | None = None, given: Encoded | None = None, clips: int = 1) -> Grid | None:
-        """Extents of an item of at least so many frames: steps in time, rows and columns of elements; None where the model writes
-        files, and says by itself how long they are."""
+        """Extents of an item of at least so many frames: steps in time, rows and columns of elements; None where the model says
+        by itself how long its clips are (files)."""
         modality = self.model.modalities[self.model.vocabulary.index[self.video]]
         spec = modality.tokenizer.spec
         if num_frames is not None:
             num_frames = check_count("num_frames", num_frames, clips)
         if len(spec.max_grid) != 3:
             if num_frames is not None:
-                raise ValueError(
-                    "this model writes video as files, and decides how long they are; leave num_frames out"
-                )
+                raise ValueError("this model decides by itself how long its clips are; leave num_frames out")
             return None
         most, *area = spec.max_grid
         steps = most if num_frames is None else 1 + math.ceil((num_frames - 1) / spec.frame_stride)
@@ -196,8 +198,7 @@ class TextToVideoPipeline(Pipeline):
         """From an encoded prompt to what is asked for."""
         name, known = self.video, None
         if given is not None:
-            assert grid is not None
-            count = math.prod(grid)
+            count = len(given) if grid is None else math.prod(grid)
             content = torch.zeros((count, *given.content.shape[1:]), dtype=given.content.dtype)
             content[: len(given)] = given.content
             known = (content, torch.arange(count) < len(given))
