@@ -201,7 +201,10 @@ def sketch(painter: TextToImagePipeline, event: Event) -> Image.Image:
     """An unfinished picture, white where it has no tokens yet: what a decoder makes of none is a pattern."""
     from PIL import Image
 
-    picture, (rows, columns) = painter.preview(event.content), painter.model.vocabulary[painter.picture].max_grid
+    picture, grid = painter.preview(event.content), painter.model.vocabulary[painter.picture].max_grid
+    if not grid:  # a file, whose decoder leaves the rest empty
+        return picture
+    rows, columns = grid
     drawn = b"\xff" * len(event.content)
     mask = Image.frombytes("L", (columns, rows), drawn.ljust(rows * columns, b"\0")).resize(picture.size, 0)
     return Image.composite(picture, Image.new(picture.mode, picture.size, "white"), mask)

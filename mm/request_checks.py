@@ -97,7 +97,7 @@ def _check_known(model: MultimodalModel, items: Items, content: Tensor, given: T
     if low < 0 or high >= size:
         raise ValueError(f"`known` holds ids {low}..{high}; those of {name} are 0..{size - 1}")
     if spec.stop >= 0 and len(given) == len(content):
-        stops = (content.view(len(content), -1)[:, 0] == spec.stop) & given.bool()
+        stops = ((content if content.ndim == 1 else content[:, 0]) == spec.stop) & given.bool()
         if bool(stops.any()):
             raise ValueError(
                 f"element {int(stops.nonzero()[0])} of `known` is the one at which {name} ends; give the elements before it only"

@@ -7,25 +7,32 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from mm import hub
 from mm.backbone import BackboneConfig
+from mm.commands.generate import main
 from mm.decoding import SingleStep
 from mm.generation import Engine, Event, Request
 from mm.heads.lm import LMHead
-from mm.interfaces import Modality, Order, Sampling, Spec
+from mm.interfaces import Automaton, Decoded, Encoded, Modality, Order, Sampling, Spec
 from mm.layout import NULL, Segment
+from mm.media import load_image
 from mm.model import MultimodalModel
 from mm.orders.blocks import Blocks
 from mm.orders.delay import Delay
 from mm.orders.masked import Masked
 from mm.orders.raster import Raster
 from mm.orders.stages import Stages
+from mm.pipelines.any_to_any import AnyToAnyPipeline
+from mm.pipelines.image_to_text import ImageToTextPipeline
+from mm.pipelines.text_to_image import TextToImagePipeline
 from mm.stream import TokenStream
-from mm.testing import Brackets, Palette, Uncached, watch
+from mm.testing import Brackets, Palette, Uncached, tiny, watch
 from mm.tokenizers.text_bytes import TextBytes
 
 STOP = 5
@@ -322,3 +329,128 @@ def test_a_checkpoint_keeps_it(tmp_path: Path) -> None:
     requests = mixed()
     assert flat(Engine(loaded).generate(requests)) == flat(Engine(model).generate(requests))
     assert loaded.vocabulary["file"].max_grid == () and loaded.modalities[1].tokenizer.spec == Brackets().spec
+
+
+# --- pictures that are lists ------------------------------------------------------------------------------------------
+
+SIDE = 4
+
+
+class Scan(Palette):
+    """A picture as a list of its pixels, row by row, that ends."""
+
+    @property
+    def spec(self) -> Spec:
+        return Spec(kind="discrete", vocab_size=9, stop=8, least=1, pixels=(SIDE, SIDE), fingerprint="scan")
+
+    def encode(self, raw: Image.Image) -> Encoded:
+        ids = super().encode(raw.resize((SIDE, SIDE), Image.Resampling.NEAREST)).ids
+        return Encoded(grid=(SIDE * SIDE + 1,), ids=torch.cat((ids, torch.tensor([8]))))
+
+    def decode(self, encoded: Encoded) -> Decoded:
+        """What isn't there is black."""
+        ids = [i for i in encoded.ids.tolist() if i < 8][: SIDE * SIDE]
+        whole = torch.tensor(ids + [0] * (SIDE * SIDE - len(ids)))
+        return replace(super().decode(Encoded(grid=(SIDE, SIDE), ids=whole)), valid=len(ids) == SIDE * SIDE)
+
+    def prefix(self, raw: Image.Image, share: float) -> Encoded:
+        ids = self.encode(raw).ids[: int(share * SIDE) * SIDE]
+        return Encoded(grid=(len(ids),), ids=ids)
+
+    def automaton(self) -> Automaton | None:
+        return Count()
+
+
+class Count(Automaton):
+    """So many pixels and no more."""
+
+    def __init__(self) -> None:
+        self.made = 0
+
+    def allowed(self, room: int) -> Tensor:
+        return (torch.arange(9) == 8) == (self.made >= SIDE * SIDE)
+
+    def accept(self, token: int) -> None:
+        self.made += 1
+
+
+@pytest.fixture
+def painter() -> TextToImagePipeline:
+    return TextToImagePipeline(tiny(tokenizer=Scan(SIDE), context=64))
+
+
+def picture(seed: int, size: tuple[int, int] = (SIDE, SIDE)) -> Image.Image:
+    values = torch.randint(0, 2, (size[1], size[0], 3), generator=torch.Generator().manual_seed(seed)) * 255
+    return Image.fromarray(values.to(torch.uint8).numpy())
+
+
+def below(row: int, size: tuple[int, int] = (SIDE, SIDE)) -> Image.Image:
+    """A mask that keeps the rows above this one."""
+    mask = Image.new("L", size, 0)
+    mask.paste(255, (0, row, *size))
+    return mask
+
+
+def test_pictures_are_made_as_lists(painter: TextToImagePipeline) -> None:
+    events: list[Event] = []
+    out = painter(["red", "blue"], num_images=2, seed=3, guidance=2.0, callback=events.append)
+    assert [len(t) for t in out.tokens] == [SIDE * SIDE + 1] * 4 and all(t.ids[-1] == 8 for t in out.tokens)
+    assert len({i.tobytes() for i in out.images}) == 4 and {i.size for i in out.images} == {(SIDE, SIDE)}
+    first = [event for event in events if event.row == 0]
+    half = np.asarray(painter.preview(first[7].content))
+    assert (half[:2] == np.asarray(out.images[0])[:2]).all() and not half[2:].any()
+    assert painter("red", seed=3, guidance=2.0).images[0].tobytes() == out.images[0].tobytes()
+    free = painter("red", num_images=8, seed=0, constrained=False)
+    assert any(len(t) != SIDE * SIDE + 1 for t in free.tokens)
+
+
+@pytest.mark.parametrize("row", [0, 1, 3, 4])
+def test_the_upper_part_is_kept(painter: TextToImagePipeline, row: int) -> None:
+    kept = picture(1)
+    out = painter("red", num_images=3, seed=0, image=kept, mask=below(row))
+    for made in out.images:
+        assert (np.asarray(made)[:row] == np.asarray(kept)[:row]).all()
+    assert len({i.tobytes() for i in out.images}) == (1 if row == 4 else 3)
+
+
+def test_a_wide_picture_is_put_on_white(painter: TextToImagePipeline) -> None:
+    """Of two rows in the middle of four the lower one is drawn anew."""
+    wide = picture(2, (4, 2))
+    for made in painter("red", num_images=2, seed=0, image=wide, mask=below(1, (4, 2))).images:
+        pixels = np.asarray(made)
+        assert (pixels[0] == 255).all() and (pixels[1] == np.asarray(wide)[0]).all()
+
+
+def test_what_can_not_be_kept_is_refused(painter: TextToImagePipeline) -> None:
+    upper = Image.fromarray(255 - np.asarray(below(2)))
+    with pytest.raises(ValueError, match="from top to bottom, and can keep an upper part only"):
+        painter("red", image=picture(1), mask=upper)
+    with pytest.raises(ValueError, match=r"the mask has \(3, 3\) pixels, the picture \(4, 4\)"):
+        painter("red", image=picture(1), mask=below(1, (3, 3)))
+    with pytest.raises(ValueError, match="Brackets can't tell which of its ids hold a part of a picture"):
+        Brackets().prefix(picture(1), 0.5)
+
+
+def test_captions_and_documents_of_such_pictures(painter: TextToImagePipeline) -> None:
+    texts = ImageToTextPipeline(painter.model)([picture(1), picture(2)], max_tokens=5, seed=0)
+    assert len(texts.texts) == 2 and all(len(t) <= 5 for t in texts.tokens)
+    anything = AnyToAnyPipeline(painter.model)
+    out = anything(["a", picture(1)], to="image", max_tokens=3, seed=0)
+    parts = out.documents[0]
+    assert isinstance(parts[0], Image.Image) and all(isinstance(part, str | Image.Image) for part in parts)
+    with pytest.raises(ValueError, match="'text' has no items to begin with"):
+        anything("a", to="text")
+
+
+def test_the_command_writes_such_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, painter: Any) -> None:
+    monkeypatch.setattr(AnyToAnyPipeline, "from_pretrained", lambda *_: AnyToAnyPipeline(painter.model))
+    picture(1).save(tmp_path / "from.png")
+    below(2).save(tmp_path / "mask.png")
+    given = ["--from", str(tmp_path / "from.png"), "--mask", str(tmp_path / "mask.png")]
+    for number, options in enumerate(([], ["--unconstrained"], given)):
+        out = tmp_path / f"{number}.png"
+        assert main(["red", "--to", "image", "--seed", "1", "--out", str(out), *options]) == 0
+        assert load_image(out).size == (SIDE, SIDE)
+    assert (np.asarray(load_image(tmp_path / "2.png"))[:2] == np.asarray(picture(1))[:2]).all()
+    with pytest.raises(ValueError, match="--unconstrained goes with --to image"):
+        main(["red", "--to", "text", "--unconstrained"])

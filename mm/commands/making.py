@@ -59,6 +59,7 @@ def images(pipeline: Pipeline, args: Namespace, progress: Any) -> Any:
         num_images=args.num,
         image=args.given[0] if args.mask else None,
         mask=args.mask,
+        constrained=not args.unconstrained,
         seed=args.seed,
         callback=progress,
         **_options(args),

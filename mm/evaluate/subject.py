@@ -86,7 +86,7 @@ class Subject:
         self.sampling = self.draws.sampling(self.draws.picture, sampling or {})
         self.text_sampling = self.writes.sampling(self.writes.text, {}, Sampling(temperature=0.0))
         self.batch = batch
-        self.side = int(max(self.tokenizer.decode(self._blank()).value.size))
+        self.side = max(self.tokenizer.spec.pixels or self.tokenizer.decode(self._blank()).value.size)
         """Side of the pictures that the tokenizer decodes, in pixels."""
 
     @property

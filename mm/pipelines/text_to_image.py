@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from types import NoneType
 from typing import Unpack
@@ -36,6 +37,7 @@ class TextToImagePipeline(Pipeline):
         seed: int | None = None,
         generator: torch.Generator | None = None,
         callback: Callback | None = None,
+        constrained: bool = True,
         **sampling: Unpack[SamplingOptions],
     ) -> ImageOutput:
         """Pictures for one prompt or several.
@@ -48,11 +50,12 @@ class TextToImagePipeline(Pipeline):
             seed: the n-th picture of a prompt depends on the seed alone, not on the other prompts.
             generator: where the seed is drawn from, if none is given.
             callback: called with `mm.generation.Event` after every step of every row.
+            constrained: a model that writes pictures as files can write nothing but files; False: what it writes may be broken.
             sampling: fields of `mm.interfaces.Sampling`.
 
         Raises:
             ValueError: an empty prompt, one that the context can't hold, a picture that can't be loaded, or a mask
-                that the model's order can't honour (raster order keeps the upper part only).
+                that the model's order can't honour (raster order and files keep the upper part only).
         """
         seed = choose_seed(seed, generator)
         prompts = several(prompt, (str, NoneType), "a prompt; give a string, None")
@@ -71,6 +74,7 @@ class TextToImagePipeline(Pipeline):
             seed=seed,
             known=known,
             callback=callback,
+            constrained=constrained,
         )
         captions = [text or "" for text in prompts for _ in range(num_images)]
         return ImageOutput(self.decode(tokens), captions, tokens, seed)
@@ -85,23 +89,24 @@ class TextToImagePipeline(Pipeline):
         prompts: Sequence[Sequence[Segment]],
         *,
         num_images: int = 1,
-        grid: tuple[int, int] | None = None,
+        grid: tuple[int, ...] | None = None,
         sampling: Sampling | None = None,
         seed: int = 0,
         known: Known | None = None,
         callback: Callback | None = None,
+        constrained: bool = True,
     ) -> list[Encoded]:
         """Tokens of `num_images` pictures for each encoded prompt. `grid`: rows and columns of tokens, by default the
-        largest that the tokenizer knows; `known`: what `known` returned."""
+        largest that the tokenizer knows (files have none); `known`: what `known` returned."""
         num_images = check_count("num_images", num_images, len(prompts))
-        rows, columns = grid or self._grid
         requests = [
             Request(
                 prompt=prompt,
-                items=[(self.picture, (rows, columns))],
+                items=[(self.picture, grid or self._grid)],
                 text=False,
                 sampling=sampling or self.sampling(self.picture, {}),
                 known=known,
+                constrained=constrained,
             )
             for prompt in prompts
             for _ in range(num_images)
@@ -112,29 +117,31 @@ class TextToImagePipeline(Pipeline):
         """RGB pictures."""
         return self.decode_items(self.picture, tokens)
 
-    def preview(self, content: Tensor, grid: tuple[int, int] | None = None) -> Image.Image:
-        """A picture of what an event of the callback holds: elements that aren't generated yet are 0."""
-        rows, columns = grid or self._grid
-        whole = torch.zeros((rows * columns, *content.shape[1:]), dtype=content.dtype)
+    def preview(self, content: Tensor, grid: tuple[int, ...] | None = None) -> Image.Image:
+        """A picture of what an event of the callback holds: elements that aren't generated yet are 0, and of a file that isn't
+        complete it shows what there is."""
+        grid = grid or self._grid or (len(content),)
+        whole = torch.zeros((math.prod(grid), *content.shape[1:]), dtype=content.dtype)
         whole[: len(content)] = content[: len(whole)]
         if content.is_floating_point():
-            return self.decode([Encoded(grid=(rows, columns), latents=whole)])[0]
-        return self.decode([Encoded(grid=(rows, columns), ids=whole)])[0]
+            return self.decode([Encoded(grid=grid, latents=whole)])[0]
+        return self.decode([Encoded(grid=grid, ids=whole)])[0]
 
     def known(self, image: Picture, mask: Picture) -> tuple[Tensor, Bool[Tensor, " N"]]:
         """Tokens of a picture and which of them are kept: those under which no pixel of the mask is bright.
 
         Both are brought to one size and put on a square (the kept border is white), so that mask and tokens fit
-        whatever the tokenizer does with other shapes.
+        whatever the tokenizer does with other shapes. Of a file that is its beginning, as far as nothing but the rows above the
+        mask's bright ones stands in it.
         """
+        if self.tokenizer(self.picture).spec.is_free:
+            return self._beginning(*_pair(image, mask))
         if not self.tokenizer(self.picture).spec.spatial:
             raise ValueError(
                 f"the tokens of {self.picture!r} stand for whole pictures, not for places in them, so that no part can be kept; "
                 "leave image and mask out, or use a model whose tokens lie on a grid"
             )
-        picture, area = load_image(image), load_image(mask).convert("L")
-        if area.size != picture.size:
-            raise ValueError(f"the mask has {area.size} pixels, the picture {picture.size}; give them one size")
+        picture, area = _pair(image, mask)
         side = max(picture.size)
         corner = ((side - picture.width) // 2, (side - picture.height) // 2)
         square, drawn = Image.new("RGB", (side, side), "white"), Image.new("L", (side, side), 0)
@@ -147,10 +154,36 @@ class TextToImagePipeline(Pipeline):
         cells = np.stack([by_row[:, slice(*_span(n, columns, side))].any(1) for n in range(columns)], axis=1)
         return encoded.content, torch.from_numpy(~cells.flatten())
 
+    def _beginning(self, picture: Image.Image, area: Image.Image) -> tuple[Tensor, Bool[Tensor, " N"]]:
+        """Of a picture that is a file, what its rows above the bright ones are. It is put on white of the file's proportions."""
+        bright = np.asarray(area, dtype=np.uint8) > 127
+        first = int(bright.nonzero()[0].min(initial=len(bright)))
+        if not bright[first + 1 :].all():  # the row at the edge may be soft
+            raise ValueError(
+                "this model writes pictures as files, from top to bottom, and can keep an upper part only; give a mask that is "
+                "bright in all of the lower rows"
+            )
+        tokenizer = self.tokenizer(self.picture)
+        rows, columns = tokenizer.spec.pixels
+        width = max(picture.width, -(-picture.height * columns // rows))
+        height = max(picture.height, -(-picture.width * rows // columns))
+        top = (height - picture.height) // 2
+        page = Image.new("RGB", (width, height), "white")
+        page.paste(picture, ((width - picture.width) // 2, top))
+        kept = tokenizer.prefix(page, (top + first) / height).content
+        return kept, torch.ones(len(kept), dtype=torch.bool)
+
     @property
-    def _grid(self) -> tuple[int, int]:
-        rows, columns = self.model.vocabulary[self.picture].max_grid
-        return rows, columns
+    def _grid(self) -> tuple[int, ...]:
+        return self.model.vocabulary[self.picture].max_grid
+
+
+def _pair(image: Picture, mask: Picture) -> tuple[Image.Image, Image.Image]:
+    """A picture and its mask, in grey."""
+    picture, area = load_image(image), load_image(mask).convert("L")
+    if area.size != picture.size:
+        raise ValueError(f"the mask has {area.size} pixels, the picture {picture.size}; give them one size")
+    return picture, area
 
 
 def _span(number: int, cells: int, side: int) -> tuple[int, int]:
