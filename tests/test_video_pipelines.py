@@ -31,6 +31,8 @@ from mm.pipelines.text_to_video import TextToVideoPipeline
 from mm.sheet import strips
 from mm.testing import Levels, tiny
 from mm.tokenizers.text_bytes import TextBytes
+from mm.tokenizers.video_frames import VideoFrames
+from mm.tokenizers.video_vae import VideoVAE
 from mm.training import ModelTraining
 from mm.video import Video, load_video, save_video, square
 
@@ -307,6 +309,18 @@ def test_a_stream_comes_while_it_is_generated() -> None:
     next(stream)
     stream.close()  # type: ignore[attr-defined]
     assert 0 < steps < whole, "closing it ends the work"
+
+
+def test_tokenizers_with_networks() -> None:
+    """Of the project: a stream decodes from where it was, whatever the pieces."""
+    vectors = tiny(Blocks(frames=2, window=3, sampler={"steps": 2}), tokenizer=VideoVAE.tiny(), head=RegressionHead())
+    framewise = tiny(Raster(), tokenizer=VideoFrames.tiny(), head=LMHead())
+    for model, count in ((vectors, 24), (framewise, 2)):
+        filmer = TextToVideoPipeline(model)
+        image = Image.new("RGB", (20, 16), "red")
+        whole = filmer("red", num_frames=count, image=image, seed=1).videos[0]
+        pieces = list(filmer.stream("red", num_frames=count, image=image, seed=1))
+        assert len(whole) == count and len(pieces) > 1 and alike([np.concatenate(pieces)], [whole])
 
 
 # --- files of free length ---------------------------------------------------------------------------------------------

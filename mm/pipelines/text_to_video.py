@@ -52,6 +52,7 @@ class TextToVideoPipeline(Pipeline):
         seed: int | None = None,
         generator: torch.Generator | None = None,
         callback: Callback | None = None,
+        constrained: bool = True,
         **sampling: Unpack[SamplingOptions],
     ) -> VideoOutput:
         """Clips for one prompt or several.
@@ -67,6 +68,7 @@ class TextToVideoPipeline(Pipeline):
             seed: the n-th clip of a prompt depends on the seed alone, not on the other prompts.
             generator: where the seed is drawn from, if none is given.
             callback: called with `mm.generation.Event` after every step of every row.
+            constrained: a model that writes clips as files can write nothing but files; False: what it writes may be broken.
             sampling: fields of `mm.interfaces.Sampling`.
 
         What is given stands at the beginning of the answer as the tokenizer reproduces it, so that no seam is seen where the
@@ -89,6 +91,7 @@ class TextToVideoPipeline(Pipeline):
             sampling=self.sampling(self.video, sampling),
             seed=seed,
             callback=callback,
+            constrained=constrained,
         )
         decoded = self.decoded(self.video, tokens)
         return VideoOutput(
@@ -184,16 +187,17 @@ class TextToVideoPipeline(Pipeline):
         sampling: Sampling | None = None,
         seed: int = 0,
         callback: Callback | None = None,
+        constrained: bool = True,
     ) -> list[Encoded]:
         """Tokens of `num_videos` clips for each encoded prompt. `grid`: what `grid` returned, by default that of the longest clip
         of the training; `given`: what `given` returned."""
         num_videos = check_count("num_videos", num_videos, len(prompts))
-        request = self._request(grid or self.grid(given=given), given, sampling)
+        request = self._request(grid or self.grid(given=given), given, sampling, constrained)
         requests = [request(prompt) for prompt in prompts for _ in range(num_videos)]
         return [segments[-1].content for segments in self.run(requests, seed, callback)]
 
     def _request(
-        self, grid: Grid | None, given: Encoded | None, sampling: Sampling | None
+        self, grid: Grid | None, given: Encoded | None, sampling: Sampling | None, constrained: bool = True
     ) -> Callable[[Sequence[Segment]], Request]:
         """From an encoded prompt to what is asked for."""
         name, known = self.video, None
@@ -203,7 +207,14 @@ class TextToVideoPipeline(Pipeline):
             content[: len(given)] = given.content
             known = (content, torch.arange(count) < len(given))
         sampling = sampling or self.sampling(name, {})
-        return lambda prompt: Request(prompt=prompt, items=[(name, grid)], text=False, sampling=sampling, known=known)
+        return lambda prompt: Request(
+            prompt=prompt,
+            items=[(name, grid)],
+            text=False,
+            sampling=sampling,
+            known=known,
+            constrained=constrained,
+        )
 
     def decode(self, tokens: Sequence[Encoded], num_frames: int | None = None) -> list[Frames]:
         """Clips as uint8 [T, H, W, 3], of `num_frames` if they have more."""
