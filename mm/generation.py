@@ -124,6 +124,9 @@ class Engine:
                     cache.reset(feed.slot(count))
             feeds.sort(key=lambda f: f.slot(count))
             hidden = self._forward(feeds, cache, count, step)
+            for feed in feeds:
+                if feed.forgotten is not None:
+                    cache.forget(feed.slot(count), feed.forgotten, model.backbone.rotary)
             self._sample(rows, feeds, hidden)
             if on_step is not None:
                 for row in rows:

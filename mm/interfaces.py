@@ -249,8 +249,8 @@ class Order(Configured, abc.ABC):
         return count
 
     def announced(self, grid: tuple[int, ...]) -> tuple[int, ...]:
-        """The extents that the model is told of an item that it is to generate: fewer than it gets, of an order whose items go on
-        for longer than any that training showed."""
+        """The extents that the model is told of an item: fewer than it has, of an order whose items may go on for longer than any
+        that training showed."""
         return grid
 
     @abc.abstractmethod

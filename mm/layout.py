@@ -118,7 +118,8 @@ class DocumentBuilder:
                 self._check_width(modality, encoded)
             host_weight = self.modalities[0].weight if segment.loss else 0.0
             if number:
-                draft.controls(self.vocabulary.opening(entry.name, encoded.grid), host_weight)
+                told = modality.order.announced(encoded.grid)
+                draft.controls(self.vocabulary.opening(entry.name, told), host_weight)
             layout = modality.order.layout(encoded, context=not segment.loss, rng=rng)
             if encoded.alongside:
                 check_alongside(encoded, modality.tokenizer.spec, entry.name)

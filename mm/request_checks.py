@@ -38,11 +38,12 @@ def _check_item(model: MultimodalModel, name: str, grid: Grid) -> None:
     entry = model.vocabulary[name]
     if entry is model.vocabulary.host:
         raise ValueError(f"{name} is written as text, not opened as an item; leave it out of `items`")
-    if (spec := model.modalities[model.vocabulary.index[name]].tokenizer.spec).is_free:
+    modality = model.modalities[model.vocabulary.index[name]]
+    if (spec := modality.tokenizer.spec).is_free:
         _check_free(spec, name, grid)
         return
     if isinstance(grid, tuple):
-        model.vocabulary.opening(name, grid)
+        model.vocabulary.opening(name, modality.order.announced(grid))
         return
     axes = len(entry.max_grid)
     if not axes or (grid is not None and (axes > 1 or grid.step != 1 or not 0 < grid.start < grid.stop)):

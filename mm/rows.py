@@ -120,7 +120,8 @@ class Row:
             if isinstance(grid, tuple):
                 self._open(name)
                 self.grid, self.within = grid, None
-                self._extents(self.vocabulary.opening(name, grid)[1:])
+                told = self.limits.modality(name).order.announced(grid)
+                self._extents(self.vocabulary.opening(name, told)[1:])
                 self._begin_session()
             else:
                 self._open_unmeasured(name, grid, self.request.stretch)
@@ -210,6 +211,9 @@ class Row:
                 self._feed_layout(track, content, layout)
             self.fed += len(layout.element)
             self.orders = max(self.orders, int(layout.order.max()) + 1)
+            if (left := self.session.forgets()) is not None:
+                for track in self._tracks():
+                    track.forget(*left)
 
     def _injecting(self, layout: Layout) -> Layout:
         """Positions of the open item, with what comes alongside its elements."""
@@ -224,10 +228,10 @@ class Row:
         """Clean elements of the open item, and what is injected beside them."""
         first, layout = len(track.ids), self._injecting(layout)
         held = holdings(content, layout) if layout.reads is None else layout.reads
-        places = zip(held, layout.order.tolist(), layout.position.tolist(), strict=True)
+        places = zip(held, layout.order.tolist(), layout.position.tolist(), layout.time.tolist(), strict=True)
         self.extent = max(self.extent, float(layout.position.max()) + 1.0)
-        for token, order, place in places:
-            track.element(self.entry, self.item, token, order, place)
+        for token, order, place, time in places:
+            track.element(self.entry, self.item, token, order, place, time)
         for name, vectors in layout.inject.items():
             for where, vector in enumerate(vectors, first):
                 track.record("inject", name, vector, where)

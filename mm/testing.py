@@ -83,6 +83,27 @@ class Frames(ModalityTokenizer):
         return Decoded(value=Audio(encoded.latents.nan_to_num().flatten().numpy(), self.rate))
 
 
+class Clips(ModalityTokenizer):
+    """Clips (steps, rows, columns, D) of up to `most` steps of 2×2 vectors, as they are."""
+
+    def __init__(self, dim: int = 5, most: int = 6) -> None:
+        self.dim, self.most = dim, most
+
+    @property
+    def spec(self) -> Spec:
+        grid = (self.most, 2, 2)
+        return Spec(
+            kind="continuous", dim=self.dim, max_grid=grid, fps=8.0, fingerprint=f"clips-{self.dim}-{self.most}"
+        )
+
+    def encode(self, raw: Tensor) -> Encoded:
+        return Encoded(grid=(len(raw), 2, 2), latents=raw.flatten(0, 2))
+
+    def decode(self, encoded: Encoded) -> Decoded:
+        assert encoded.latents is not None
+        return Decoded(value=encoded.latents.view(*encoded.grid, self.dim))
+
+
 class Levels(ModalityTokenizer):
     """Sound as frames of `num_codes` samples, a sub-code each: the nearest of 8 levels from −1 to 1. Silence fills the last."""
 

@@ -1,4 +1,5 @@
-"""Video in blocks of whole frames: how frames are laid out, prefix noise, frames as prompt, rollouts with a sliding window."""
+"""Video in blocks of whole frames: how frames are laid out, noise on what they follow, frames as prompt. Rollouts beyond the
+training have a file of their own (`test_rollouts`)."""
 
 from __future__ import annotations
 
@@ -9,33 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from mm.generation import Engine, Request
 from mm.heads.regression import RegressionHead
-from mm.interfaces import Decoded, Encoded, ModalityTokenizer, Spec
+from mm.interfaces import Encoded, Proposal, Sampling
 from mm.layout import Segment
 from mm.model import MultimodalModel
-from mm.orders.blocks import TIME, Blocks
-from mm.stream import TokenStream
-from mm.testing import rule, tiny
+from mm.orders.blocks import TIME, Blocks, BlocksSession
+from mm.stream import Placed, TokenStream
+from mm.testing import Clips, Uncached, rule, tiny
+from mm.tracks import Feed
 
 DIM, STEPS, AREA = 5, 2, 4
-
-
-class Steps(ModalityTokenizer):
-    """Clips of up to `most` frames of 2×2 vectors."""
-
-    def __init__(self, most: int = 6) -> None:
-        self.most = most
-
-    @property
-    def spec(self) -> Spec:
-        return Spec(kind="continuous", dim=DIM, max_grid=(self.most, 2, 2), fps=8.0, fingerprint=f"steps-{self.most}")
-
-    def encode(self, raw: Tensor) -> Encoded:
-        return Encoded(grid=(len(raw), 2, 2), latents=raw.flatten(0, 2))
-
-    def decode(self, encoded: Encoded) -> Decoded:
-        assert encoded.latents is not None
-        return Decoded(value=encoded.latents.view(*encoded.grid, DIM))
 
 
 def order(frames: int = 2, **settings: Any) -> Blocks:
@@ -46,7 +31,7 @@ def model(
     frames: int = 2, *, most: int = 6, adaln: bool = False, context: int = 256, **settings: Any
 ) -> MultimodalModel:
     blocks = order(frames, time_condition=not adaln, **settings)
-    made = tiny(blocks, tokenizer=Steps(most), head=RegressionHead(), context=context, qk_norm=True, adaln=adaln)
+    made = tiny(blocks, tokenizer=Clips(DIM, most), head=RegressionHead(), context=context, qk_norm=True, adaln=adaln)
     with torch.no_grad():
         for parameter in made.parameters():  # AdaLN and conditions start at zero, biases too
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -60,6 +45,14 @@ def clip(frames: int, seed: int = 0) -> Encoded:
 
 def text(words: str) -> Segment:
     return Segment("text", words, loss=False)
+
+
+def ask(frames: int, given: int = 0, words: str = "ab", **settings: Any) -> Request:
+    """A clip that begins with `given` frames."""
+    known = None
+    if given:
+        known = (clip(frames, seed=9).content, torch.arange(frames * AREA) < given * AREA)
+    return Request(prompt=[text(words)], items=[("image", (frames, 2, 2))], known=known, **{"text": False, **settings})
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -172,3 +165,130 @@ def test_what_cannot_work_is_refused() -> None:
     for augment, sampling in ((0.0, 0.1), (1.0, 0.0), (0.1, 0.2), (-0.1, -0.1)):
         with pytest.raises(ValueError, match="at no later one than in training"):
             Blocks(augment=augment, augment_sampling=sampling)
+
+
+# --- generation -------------------------------------------------------------------------------------------------------
+
+
+def same(a: list[list[Segment]], b: list[list[Segment]]) -> None:
+    for one, other in zip(a, b, strict=True):
+        for left, right in zip(one, other, strict=True):
+            assert left.modality == right.modality and left.content.grid == right.content.grid
+            assert torch.allclose(left.content.content.float(), right.content.content.float(), atol=1e-4)
+
+
+@pytest.mark.parametrize("adaln", [False, True])
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+def test_clips_as_long_as_training_are_cached(guidance: float, adaln: bool) -> None:
+    """Without a window, and where none is needed: cached is uncached, and a batch is its rows."""
+    short = [
+        ask(6, seed=1, sampling=Sampling(guidance=guidance)),
+        ask(5, given=3, words="longer", seed=2, text=True, max_tokens=4),
+    ]
+    for window in (0, 4):
+        one = model(adaln=adaln, window=window, augment=0.2, augment_sampling=0.1)
+        made = Engine(one).generate(short)
+        same(made, Uncached(one).generate(short))
+        same(made, [Engine(one).generate([request])[0] for request in short])
+        assert len(made[1]) == 2 and made[1][1].modality == "text"
+
+
+@pytest.mark.parametrize("given", [0, 1, 3, 4])
+def test_frames_as_prompt_stay_and_are_seen_as_in_training(given: int) -> None:
+    """Step by step, velocities are what training computes in a clip whose blocks begin so that the given frames fill some."""
+    one = model()
+    request = ask(6, given=given, seed=2)
+    with Watched() as watched:
+        ((made,),) = Engine(one).generate([request])
+    if request.known is not None:
+        assert torch.equal(made.content.latents[: given * AREA], request.known[0][: given * AREA]), "bit by bit"
+    rng = torch.Generator().manual_seed(0)
+    begin = -given % 2
+    wanted = (torch.arange(6 * AREA) // AREA + begin) // 2
+    while True:  # until training begins its blocks there
+        stream = one.build_document([text("ab"), Segment("image", made.content)], rng)
+        index = stream.latents["image"].index
+        if torch.equal(stream.order[index[: 6 * AREA]] - stream.order[index[0]], wanted):
+            break
+    assert len(watched.asked) == STEPS * -(-(6 - given) // 2)
+    for proposal, velocity in zip(watched.asked, watched.answers, strict=True):
+        assert proposal.layout is not None and proposal.content is not None
+        element, time = proposal.layout.element, float(proposal.layout.time[0])
+        rows = 6 * AREA + element
+        values, times, facts = (
+            t.clone() for t in (stream.latents["image"].values, stream.time, stream.inject[TIME].values)
+        )
+        values[rows], times[index[rows]], facts[rows] = proposal.content[element], time, time
+        latents, inject = Placed(values=values, index=index), Placed(values=facts, index=stream.inject[TIME].index)
+        with torch.no_grad():
+            hidden = one(replace(stream, latents={"image": latents}, inject={TIME: inject}, time=times))
+            assert torch.allclose(one.head("image").net(hidden[index[rows]]), velocity, atol=1e-5)  # type: ignore[operator]
+
+
+class Watched:
+    """Within it, what sessions propose and what the head answers is written down."""
+
+    def __enter__(self) -> Watched:
+        self.asked: list[Proposal] = []
+        self.answers: list[Tensor] = []
+        self.patch = pytest.MonkeyPatch()
+        propose, accept = BlocksSession.propose, BlocksSession.accept
+
+        def proposing(session: BlocksSession) -> Proposal | None:
+            made = propose(session)
+            self.asked.extend([] if made is None else [made])
+            return made
+
+        def accepting(session: BlocksSession, sample: Tensor, log_prob: Tensor | None) -> None:
+            self.answers.append(sample)
+            accept(session, sample, log_prob)
+
+        self.patch.setattr(BlocksSession, "propose", proposing)
+        self.patch.setattr(BlocksSession, "accept", accepting)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.patch.undo()
+
+
+def test_frames_that_are_not_whole_or_not_first_cannot_be_given() -> None:
+    for given, one in ((1, model(shift=False)), (3, model(shift=False))):
+        with pytest.raises(ValueError, match="whole blocks at the start"):
+            Engine(one).generate([ask(6, given=given)])
+    content = clip(6).content
+    for known in (torch.arange(6 * AREA) < 5, torch.arange(6 * AREA) >= 5 * AREA):
+        with pytest.raises(ValueError, match="whole blocks at the start"):
+            Engine(model()).generate([replace(ask(6), known=(content, known))])
+
+
+@pytest.mark.parametrize("adaln", [False, True])
+def test_generated_frames_enter_the_cache_with_noise_and_given_ones_without(adaln: bool) -> None:
+    one = model(adaln=adaln, augment=0.2, augment_sampling=0.1)
+    plain = model(adaln=adaln)
+    request = ask(6, given=1, seed=3)
+    fed: list[Feed] = []
+    patch = pytest.MonkeyPatch()
+    forward = Engine._forward
+
+    def watching(engine: Engine, feeds: list[Feed], *rest: Any) -> Tensor:
+        fed.extend(feed for feed in feeds if feed.keep and ("latents", "image") in feed.records)
+        return forward(engine, feeds, *rest)
+
+    with patch.context() as within:
+        within.setattr(Engine, "_forward", watching)
+        ((made,),) = Engine(one).generate([request])
+    frames = made.content.latents
+    told = [[] if feed.time is None else sorted(set(feed.time.tolist())) for feed in fed]
+    assert told[0] == [] and all(times == [pytest.approx(0.1)] for times in told[1:])
+    read = torch.cat([feed.records["latents", "image"][0] for feed in fed])
+    assert torch.equal(read[:AREA], frames[:AREA])
+    noise = (read[AREA:] - 0.9 * frames[AREA : len(read)]) / 0.1
+    assert 0.6 < float(noise.std()) < 1.4 and abs(float(noise.mean())) < 0.4
+    if not adaln:
+        facts = torch.cat([feed.records["inject", TIME][0] for feed in fed[1:]])
+        assert torch.allclose(facts, torch.full_like(facts, 0.1))
+    ((again,),), ((other,),) = Engine(one).generate([request]), Engine(plain).generate([request])
+    assert torch.equal(again.content.latents, frames), "a seed means the same again"
+    second = 3 * AREA  # a given frame, and a block that follows nothing else
+    assert torch.equal(other.content.latents[:second], frames[:second])
+    assert not torch.isclose(other.content.latents[second:], frames[second:]).all(1).any()

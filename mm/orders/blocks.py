@@ -104,7 +104,7 @@ class Blocks(Order):
         return min(count, (self.window + self.frames) * math.prod(spec.max_grid[1:])) if self.window else count
 
     def announced(self, grid: tuple[int, ...]) -> tuple[int, ...]:
-        return (min(grid[0], self.window + self.frames), *grid[1:]) if self.window else grid
+        return (min(grid[0], self.window + self.frames), *grid[1:]) if self.window and grid else grid
 
     def unit(self, grid: tuple[int, ...]) -> int:
         """Elements that no block divides: those of a frame, or one."""
@@ -118,7 +118,8 @@ class Blocks(Order):
         count, unit, size = len(encoded), self.unit(encoded.grid), self.size(encoded.grid)
         element, place = torch.arange(count), coordinates(encoded.grid)
         if context:
-            return self.positions(element, blocks(count, size), place, torch.zeros(count), noisy=False)
+            kept = math.prod(self.announced(encoded.grid))  # of a longer clip its end, as when it is generated
+            return self.positions(element[-kept:], blocks(kept, size), place[:kept], torch.zeros(kept), noisy=False)
         given = torch.zeros(count, dtype=torch.bool)
         if self.infill and float(torch.rand((), generator=rng)) < self.infill and count:
             length = 1 + int(torch.randint(count // unit, (), generator=rng))
