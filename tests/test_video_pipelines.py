@@ -311,8 +311,8 @@ def test_a_stream_comes_while_it_is_generated() -> None:
     assert 0 < steps < whole, "closing it ends the work"
 
 
-def test_tokenizers_with_networks() -> None:
-    """Of the project: a stream decodes from where it was, whatever the pieces."""
+def test_tokenizers_with_networks(tmp_path: Path) -> None:
+    """Of the project: a stream decodes from where it was, whatever the pieces, and a checkpoint holds them."""
     vectors = tiny(Blocks(frames=2, window=3, sampler={"steps": 2}), tokenizer=VideoVAE.tiny(), head=RegressionHead())
     framewise = tiny(Raster(), tokenizer=VideoFrames.tiny(), head=LMHead())
     for model, count in ((vectors, 24), (framewise, 2)):
@@ -321,6 +321,8 @@ def test_tokenizers_with_networks() -> None:
         whole = filmer("red", num_frames=count, image=image, seed=1).videos[0]
         pieces = list(filmer.stream("red", num_frames=count, image=image, seed=1))
         assert len(whole) == count and len(pieces) > 1 and alike([np.concatenate(pieces)], [whole])
+        again = TextToVideoPipeline.from_pretrained(filmer.save_pretrained(tmp_path / str(count)))
+        assert alike(again("red", num_frames=count, image=image, seed=1).videos, [whole])
 
 
 # --- files of free length ---------------------------------------------------------------------------------------------

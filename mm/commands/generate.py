@@ -39,7 +39,7 @@ def arguments(argv: list[str]) -> Namespace:
     add(
         "--unconstrained",
         action="store_true",
-        help="of models that write pictures as files: what they write may be broken",
+        help="of models that write pictures or clips as files: what they write may be broken",
     )
     add("--voice", metavar="NAME", help="of speech: a voice that the model knows, or a sound file that has it")
     add(
@@ -179,8 +179,8 @@ def check_given(args: Namespace) -> None:
         raise ValueError("--max-tokens goes with --to text")
     if args.mask and (args.to != "image" or len(args.given) != 1):
         raise ValueError("--mask goes with --to image and one picture in --from")
-    if args.unconstrained and (args.to != "image" or (args.given and not args.mask)):
-        raise ValueError("--unconstrained goes with --to image, and a prompt or --mask")
+    if args.unconstrained and args.to != "video" and (args.to != "image" or (args.given and not args.mask)):
+        raise ValueError("--unconstrained goes with --to image and a prompt or --mask, or with --to video")
     if args.stretch is not None and not 0.1 <= args.stretch <= 10:
         raise ValueError(f"--stretch multiplies durations by 0.1 to 10, got {args.stretch:g}")
     if args.stretch is not None and (args.duration is not None or args.span):

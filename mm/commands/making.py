@@ -119,6 +119,7 @@ def videos(pipeline: Pipeline, args: Namespace, progress: Any) -> Any:
         args.prompt if args.prompt.strip() else None,
         num_videos=args.num,
         num_frames=args.frames,
+        constrained=not args.unconstrained,
         seed=args.seed,
         callback=progress,
         **given,
