@@ -109,8 +109,12 @@ class Pool:
             raise ValueError(f"{source.what} is too small to hold {kind}s out of it; give more, or holdout_every 0")
 
     def draw(self, rng: np.random.Generator, held: bool, ink: str) -> Thing:
+        """One at random. Raises `BrokenExample`."""
         rows = self.rows[held]
-        index = int(rows[int(rng.integers(len(rows)))])
+        return self.thing(int(rows[int(rng.integers(len(rows)))]), rng, ink)
+
+    def thing(self, index: int, rng: np.random.Generator, ink: str) -> Thing:
+        """A given one, of a size at random. Raises `BrokenExample`."""
         example = self.source[index]
         if self.kind == "picture":
             side = float(rng.uniform(*PICTURE_SIDES))

@@ -17,7 +17,7 @@ SAMPLING: dict[str, type] = {
     "guidance": float, "temperature": float, "top_p": float, "top_k": int, "steps": int, "denoising_steps": int,
 }  # fmt: skip
 """Fields of `mm.interfaces.Sampling` that have an option."""
-FAMILIES = ("tokenizer", "digits", "emoji", "speaking", "pace", "editing", "hearing", "listening")
+FAMILIES = ("tokenizer", "digits", "emoji", "speaking", "pace", "editing", "hearing", "listening", "video")
 """As in `mm.evaluate.run`, which takes seconds to import."""
 EPILOG = """\
 data is KIND:PATH[,PATH ...]:
@@ -26,6 +26,8 @@ data is KIND:PATH[,PATH ...]:
   missing:PATH                   emoji in styles that the model has not seen: adds top-1 and top-5 of the true picture
   speech:ONE.tar,TWO.tar         what `mm data speech` made: texts under a grammar, voices
   spoken:FILE.tar                recordings of single digits (text, speaker, index): judged by networks trained here
+  moving:digits=FILE.npz,...     clips that are made as they are needed, for models of video; settings of MovingSource:
+                                 digits, pictures, motions=straight+turn, things, size, frames, grounds, inks, varied
   NAME:PATH                      any other pictures (shards, folder): the tokenizer's figures only
 
 example: mm evaluate --model mm-tiny --data emoji:noto.tar,twemoji.tar digits:digits.npz --out results
@@ -143,7 +145,8 @@ def parse_data(arguments: Sequence[str]) -> dict[str, list[str]]:
     for argument in arguments:
         kind, colon, rest = argument.partition(":")
         paths = [path for path in rest.split(",") if path]
-        if not colon or not kind.isidentifier() or not paths:
+        made = argument == "moving"  # as it is needed: no file
+        if not made and (not colon or not kind.isidentifier() or not paths):
             raise ValueError(f"data {argument!r} is not KIND:PATH[,PATH ...], such as digits:digits.npz")
         found.setdefault(kind, []).extend(paths)
     return found
@@ -153,6 +156,10 @@ def open_source(kind: str, paths: Sequence[str]) -> Any:
     """The whole source of a kind. Raises `ValueError` for paths that don't fit it."""
     from mm.data.sources import DigitsSource, FolderSource, ShardSource
 
+    if kind == "moving":
+        from mm.evaluate.video import open_moving
+
+        return open_moving(paths)
     if kind == "digits":
         if len(paths) != 1:
             raise ValueError(f"digits are one .npz file, got {len(paths)} paths")

@@ -95,11 +95,13 @@ class Protocol:
     """Captions that contain it are the skin tone variants."""
     controls: int = 120
     """Concepts of which the picture in one style is kept from the emoji judge, to know what it can tell of such."""
+    rollout: int = 4
+    """Clips are also made so many times as long as the model's own."""
     digit_judge: Recipe = DIGIT_JUDGE
     emoji_judge: Recipe = EMOJI_JUDGE
 
     def __post_init__(self) -> None:
-        for name in ("samples", "batch", "single", "caption_tokens", "captioned", "pictures_for_codes"):
+        for name in ("samples", "batch", "single", "caption_tokens", "captioned", "pictures_for_codes", "rollout"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.seed < 0 or self.holdout_every < 0 or self.holdout_every == 1:
@@ -128,6 +130,10 @@ GOALS: Mapping[tuple[str, str], float] = {
     ("listening", "stopped before the interruption"): 0.05,
     ("listening", "stopped without reason, noise only"): 0.05,
     ("listening", "stopped without reason, silence only"): 0.05,
+    ("video", "true clips: digit recognised, first frame"): 0.97,
+    ("video", "true clips: motion as captioned"): 0.99,
+    ("video", "rollout: digits recognised, last ÷ first frame"): 0.90,
+    ("video", "rollout: direction as captioned"): 0.90,
     ("emoji", "training captions: asked caption, pixel"): 0.70,
     ("emoji", "training captions: asked caption, feature"): 0.70,
 }

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mm.data.example import Source
+from mm.data.moving import MovingSource
 from mm.evaluate.digits import evaluate_digits
 from mm.evaluate.emoji import evaluate_emoji
 from mm.evaluate.gallery import Gallery, load_gallery
@@ -19,9 +20,10 @@ from mm.evaluate.results import Figure, Report
 from mm.evaluate.speech_subject import CLEAR, PARTS, REAL, SpeechSubject, evaluate_speech
 from mm.evaluate.subject import Outcome, Subject, fingerprint
 from mm.evaluate.tokenizer import evaluate_tokenizer
+from mm.evaluate.video import MOVING, VideoSubject, evaluate_video
 from mm.interfaces import ModalityTokenizer
 
-FAMILIES = ("tokenizer", "digits", "emoji", "speaking", "pace", "editing", "hearing", "listening")
+FAMILIES = ("tokenizer", "digits", "emoji", "speaking", "pace", "editing", "hearing", "listening", "video")
 SHOWN = 40
 """Pictures on a contact sheet: the first ones, not the best."""
 
@@ -40,16 +42,16 @@ def evaluate(
     """Every figure that the given sources allow.
 
     Args:
-        model: a `MultimodalModel`, a pipeline, a training module, or a `Subject` or `SpeechSubject` (whose sampling and
-            batch then hold); or a tokenizer of sound by itself.
+        model: a `MultimodalModel`, a pipeline, a training module, or a `Subject`, `SpeechSubject` or `VideoSubject` (whose
+            sampling and batch then hold); or a tokenizer of sound by itself.
         sources: whole sources (split "all") by kind: "digits" (field `digit`), "emoji" (fields `caption`, `style`, and
             `category`, `subcategory` if there are any; one key a concept), "missing" (emoji in styles that the model
-            has not seen), "speech" and "spoken" as for `evaluate_speech`, and any other name for pictures of which only
-            the tokenizer is measured.
+            has not seen), "speech" and "spoken" as for `evaluate_speech`, "moving" (a `MovingSource`, for models of video),
+            and any other name for pictures of which only the tokenizer is measured.
         protocol: what is drawn and how it is judged.
         folder: where judges are kept (`judges/`) and contact sheets written; None: nowhere.
         only: families to measure, of `FAMILIES`.
-        sampling: fields of `Sampling` for pictures and sounds, instead of what the checkpoint recommends.
+        sampling: fields of `Sampling` for pictures, sounds and video, instead of what the checkpoint recommends.
         name: what the results call the model.
         say: told what is going on, a line at a time.
 
@@ -65,14 +67,15 @@ def evaluate(
     if unknown := sorted(set(only) - set(FAMILIES)):
         raise ValueError(f"there is no family of figures {unknown[0]!r}; there are {', '.join(FAMILIES)}")
     if not sources:
-        raise ValueError("there is nothing to evaluate on; give at least one source of pictures or speech")
+        raise ValueError("there is nothing to evaluate on; give at least one source of pictures, speech or clips")
     folder = None if folder is None else Path(folder)
     judges = None if folder is None else folder / "judges"
-    pictures = {kind: source for kind, source in sources.items() if kind not in (CLEAR, REAL)}
+    pictures = {kind: source for kind, source in sources.items() if kind not in (CLEAR, REAL, MOVING)}
+    moving = sources.get(MOVING)
     figures: list[Figure] = []
     sampled: dict[str, Any] = {}
     held: Any = getattr(model, "model", model)
-    if len(pictures) < len(sources):
+    if CLEAR in sources or REAL in sources:
         tested: Any = model
         if not isinstance(model, SpeechSubject | ModalityTokenizer):
             tested = SpeechSubject(model, name=name, sampling=sampling, batch=protocol.batch)
@@ -80,6 +83,14 @@ def evaluate(
         figures += evaluate_speech(tested, sources, protocol=protocol, judges=judges, only=parts, say=say)
         if isinstance(tested, SpeechSubject):
             held, name, sampled["sound"] = tested.model, tested.name, asdict(tested.sampling)
+    if moving is not None and "video" in only:
+        if not isinstance(moving, MovingSource):
+            raise ValueError(f"the source 'moving' is {moving.what}; give a MovingSource, which knows what moves how")
+        films = model
+        if not isinstance(films, VideoSubject):
+            films = VideoSubject(model, name=name, sampling=sampling, batch=protocol.batch)
+        figures += evaluate_video(films, moving, protocol, folder, judges, say)
+        held, name, sampled["video"] = films.model, films.name, asdict(films.sampling)
     if pictures:
         subject = model if isinstance(model, Subject) else _subject(model, name, sampling, protocol)
         figures += _evaluate_pictures(subject, pictures, protocol, folder, judges, only, say)
