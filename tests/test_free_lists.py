@@ -452,5 +452,5 @@ def test_the_command_writes_such_a_picture(tmp_path: Path, monkeypatch: pytest.M
         assert main(["red", "--to", "image", "--seed", "1", "--out", str(out), *options]) == 0
         assert load_image(out).size == (SIDE, SIDE)
     assert (np.asarray(load_image(tmp_path / "2.png"))[:2] == np.asarray(picture(1))[:2]).all()
-    with pytest.raises(ValueError, match="--unconstrained goes with --to image"):
+    with pytest.raises(ValueError, match="--unconstrained goes with"):
         main(["red", "--to", "text", "--unconstrained"])
