@@ -22,7 +22,17 @@ from mm.media import load_image
 from mm.video_encoding import Frames
 from mm.video_files import DEFAULT_DURATION, MAX_DECODED, Clip, Frame, Limits, has_av, source_name
 
-__all__ = ["Frames", "Video", "VideoSource", "has_av", "load_video", "resample_frames", "save_video", "square"]
+__all__ = [
+    "Frames",
+    "Video",
+    "VideoSource",
+    "has_av",
+    "load_video",
+    "resample_frames",
+    "save_video",
+    "square",
+    "to_webp",
+]
 
 MAX_FRAMES = 4096
 """Most frames of one video, by default."""
@@ -242,7 +252,10 @@ def _at_own_rate(
     total, slack = sum(steps), 1.05 * clip.tick
     if clip.rate and abs(len(frames) / clip.rate - total) <= 2 * slack and _even(steps, 1 / clip.rate, slack):
         return frames, clip.rate
-    for step in (total / len(steps), sum(steps[:-1]) / max(1, len(steps) - 1)):  # a GIF's last frame is often a tick longer
+    for step in (
+        total / len(steps),
+        sum(steps[:-1]) / max(1, len(steps) - 1),
+    ):  # a GIF's last frame is often a tick longer
         if step and _even(steps, step, slack):
             return frames, _near_whole(1 / step)
     shortest = min(steps)
@@ -351,3 +364,8 @@ def save_video(
     elif fps is not None:
         video = Video(video.frames, fps)
     video_encoding.write(path, video.frames, video.fps, scale)
+
+
+def to_webp(video: Video) -> bytes:
+    """An animation that loses nothing, but that of frames which are all equal one remains, and lasts as long as they did."""
+    return video_encoding.to_webp(video.frames, video.fps)

@@ -5,6 +5,7 @@ Letters in shapes: T frames, H rows, W columns.
 
 from __future__ import annotations
 
+import io
 import math
 import os
 from collections.abc import Iterator
@@ -61,6 +62,13 @@ def write(path: str | os.PathLike[str], frames: Frames, fps: float, scale: int =
             _animate(temporary, frames, fps, scale, ending)
 
 
+def to_webp(frames: Frames, fps: float) -> bytes:
+    """As `mm.video.to_webp`."""
+    buffer = io.BytesIO()
+    _animate(buffer, frames, fps, 1, ".webp")
+    return buffer.getvalue()
+
+
 def _large(frame: Frame, scale: int) -> Frame:
     return frame if scale == 1 else frame.repeat(scale, axis=0).repeat(scale, axis=1)
 
@@ -112,14 +120,14 @@ def _sheet(frames: Frames, scale: int) -> Image.Image:
     return sheet.grid([Image.fromarray(frame) for frame in frames], columns, scale=scale)
 
 
-def _animate(path: Path, frames: Frames, fps: float, scale: int, ending: str) -> None:
+def _animate(file: Path | IO[bytes], frames: Frames, fps: float, scale: int, ending: str) -> None:
     """Without loss. Neighbours that are equal become one frame that lasts longer."""
     from PIL import Image
 
     pictures = [Image.fromarray(_large(frame, scale)) for frame in frames]
-    options: dict[str, Any] = {"lossless": True, "exact": True} if ending == ".webp" else {"format": "PNG"}
+    options = {"format": "WEBP", "lossless": True, "exact": True} if ending == ".webp" else {"format": "PNG"}
     durations = _durations(len(frames), fps, 0.001)
-    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=durations, loop=0, **options)
+    pictures[0].save(file, save_all=True, append_images=pictures[1:], duration=durations, loop=0, **options)
 
 
 def _write_gif(file: IO[bytes], frames: Frames, fps: float, scale: int) -> None:

@@ -371,7 +371,7 @@ def test_hf_rows_must_not_name_files(tmp_path: Path) -> None:
     info["features"]["image"] = {"_type": "Image"}
     (tmp_path / "set" / "dataset_info.json").write_text(json.dumps(info))
     source = HFSource(tmp_path / "set")
-    assert source._pictures == ["image"]
+    assert source._columns["image"] == ["image"]
     with pytest.raises(BrokenExample, match="row 0, image names a file instead of holding the picture"):
         source[0]["image"]
 

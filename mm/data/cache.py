@@ -100,6 +100,9 @@ class CachedSource(Source):
     def raw_sound(self, index: int) -> bytes | Any:
         return self.source.raw_sound(index)
 
+    def raw_video(self, index: int) -> bytes | Any:
+        return self.source.raw_video(index)
+
     def __getitem__(self, index: int) -> Example:
         example = self.source[index]
         for field, cache in self.caches.items():

@@ -13,12 +13,14 @@ from typing import Any
 
 import numpy as np
 
+from mm import video_files
 from mm.audio import Audio, to_wav
 from mm.audio_files import file_kind
-from mm.data.example import BrokenExample, Lazy, Source, warn_skipped
-from mm.data.shards import decode_picture, decode_sound, is_sound
+from mm.data.example import LOADED, BrokenExample, Lazy, Source, warn_skipped
+from mm.data.media import decoding_of, is_sound, is_video
 from mm.data.sources import DIGIT_NAMES, MAX_DIGIT_SIZE, DigitsSource
 from mm.safe_io import atomic_file
+from mm.video import Video, to_webp
 
 Progress = Callable[[int, int], None]
 Entry = tuple[str, dict[str, bytes]]
@@ -119,13 +121,19 @@ def _entries(source: Source, progress: Progress | None) -> Iterator[Entry]:
 def _members(source: Source, index: int) -> dict[str, bytes]:
     example = source[index]
     members: dict[str, bytes] = {}
-    if "image" in example:
-        members |= _picture(source.raw_picture(index), f"{source.what}: {source.key(index)}", source.max_pixels)
-    if "audio" in example:
-        members |= _sound(source.raw_sound(index), f"{source.what}: {source.key(index)}", source.max_seconds)
+    where, decoding = f"{source.what}: {source.key(index)}", decoding_of(source)
+    for field, raw, make in (
+        ("image", source.raw_picture, _picture),
+        ("audio", source.raw_sound, _sound),
+        ("video", source.raw_video, _video),
+    ):
+        if field in example:
+            stored = raw(index)
+            # what is broken must not get into the shard
+            members |= make(stored, decoding.decode(field, stored, where))
     fields: dict[str, Any] = {}
     for name, value in dict(example).items():
-        if name in ("key", "image", "audio"):
+        if name in ("key", *LOADED):
             continue
         if name == "text" and (source.caption is not None or "caption" in example or isinstance(value, Lazy)):
             continue  # made of other fields
@@ -134,6 +142,8 @@ def _members(source: Source, index: int) -> dict[str, bytes]:
             members[name] = value
         elif isinstance(value, Audio):
             members[name if is_sound(name) else f"{name}.wav"] = to_wav(value)
+        elif isinstance(value, Video):
+            members[f"{name.removesuffix('.video.webp')}.video.webp"] = to_webp(value)
         else:
             fields[name] = value
     if source.caption is not None:
@@ -142,10 +152,9 @@ def _members(source: Source, index: int) -> dict[str, bytes]:
     return members
 
 
-def _picture(stored: Any, where: str, max_pixels: int) -> dict[str, bytes]:
+def _picture(stored: Any, decoded: Any) -> dict[str, bytes]:
     from PIL import Image
 
-    decoded = decode_picture(stored, where, max_pixels)  # a broken picture must not get into the shard
     if isinstance(stored, bytes):
         with Image.open(io.BytesIO(stored)) as picture:
             kind = (picture.format or "").lower()
@@ -153,12 +162,18 @@ def _picture(stored: Any, where: str, max_pixels: int) -> dict[str, bytes]:
     return {"png": _png(decoded)}
 
 
-def _sound(stored: Any, where: str, max_seconds: float) -> dict[str, bytes]:
-    decoded = decode_sound(stored, where, max_seconds)  # a broken sound must not get into the shard
+def _sound(stored: Any, decoded: Audio) -> dict[str, bytes]:
     if isinstance(stored, bytes):
         kind = file_kind(stored[:16])
         return {kind if is_sound(kind) else "wav": stored}  # the ending only says that it is a sound
     return {"wav": to_wav(decoded)}
+
+
+def _video(stored: Any, decoded: Video) -> dict[str, bytes]:
+    if isinstance(stored, bytes):
+        kind = video_files.file_kind(stored[:16])
+        return {kind if is_video(kind) else f"video.{kind if is_video(f'video.{kind}') else 'webp'}": stored}
+    return {"video.webp": to_webp(decoded)}
 
 
 def _png(picture: Any) -> bytes:

@@ -95,6 +95,35 @@ class ImageToText(_Pair):
         super().__init__((image_field, image), (text_field, text), drop, image_loss)
 
 
+class TextToVideo(_Pair):
+    """Text, then the clip it asks for. The text is dropped with probability `drop`."""
+
+    def __init__(
+        self,
+        drop: float = 0.1,
+        text: str = "text",
+        video: str = "video",
+        text_field: str = "text",
+        video_field: str = "video",
+    ) -> None:
+        super().__init__((text_field, text), (video_field, video), drop, False)
+
+
+class VideoToText(_Pair):
+    """A clip, then its caption, which is learned. The clip is dropped with probability `drop` (0: captioning needs no
+    guidance)."""
+
+    def __init__(
+        self,
+        drop: float = 0.0,
+        text: str = "text",
+        video: str = "video",
+        text_field: str = "text",
+        video_field: str = "video",
+    ) -> None:
+        super().__init__((video_field, video), (text_field, text), drop, False)
+
+
 class TextToSpeech(Template):
     """A voice, a text, and the sound of the text in that voice: `theo: `, `seven`, the clip. Voice and text are given; the sound
     is learned, and before it how long it is.

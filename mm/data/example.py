@@ -12,8 +12,11 @@ from typing import Any, Literal
 
 from mm.audio import MAX_SECONDS
 from mm.media import MAX_PIXELS
+from mm.video import MAX_FRAMES
 
 Split = Literal["all", "train", "holdout"]
+LOADED = ("image", "audio", "video")
+"""Fields that are decoded from files."""
 
 
 class BrokenExample(ValueError):
@@ -30,8 +33,8 @@ class Lazy:
 
 
 class Example(dict[str, Any]):
-    """`key`, `image` (PIL RGB), `audio` (`Audio`), `text`, and whatever else the source knows. `Lazy` values load when
-    read, once."""
+    """`key`, `image` (PIL RGB), `audio` (`Audio`), `video` (`Video`), `text`, and whatever else the source knows. `Lazy`
+    values load when read, once."""
 
     def __getitem__(self, name: str) -> Any:
         value = super().__getitem__(name)
@@ -47,6 +50,11 @@ class Example(dict[str, Any]):
 
     def get(self, name: str, default: Any = None) -> Any:
         return self[name] if name in self else default
+
+    def load(self) -> None:
+        """Read what is decoded, where it is there. Raises `BrokenExample`."""
+        for name in LOADED:
+            self.get(name)
 
     def items(self) -> Any:
         return {name: self[name] for name in self}.items()
@@ -68,8 +76,11 @@ class Source(abc.ABC):
         caption: format string over the example's fields that makes `text`, such as "{caption}, {style}"; lists are
             joined with commas. By default `text` is the field `caption`, or else the field `text`.
         strict: raise at the first broken example instead of skipping it with a counted warning.
-        max_pixels: largest picture that is decoded.
+        max_pixels: largest picture that is decoded, and largest frame.
         max_seconds: longest sound that is decoded.
+        max_frames: most frames of a video.
+        video_size: side of the square that frames are scaled and cropped to; by default they stay as they are.
+        video_fps: frames a second of videos, whatever their files have; by default their own.
     """
 
     def __init__(
@@ -82,6 +93,9 @@ class Source(abc.ABC):
         strict: bool = False,
         max_pixels: int = MAX_PIXELS,
         max_seconds: float = MAX_SECONDS,
+        max_frames: int = MAX_FRAMES,
+        video_size: int | None = None,
+        video_fps: float | None = None,
     ) -> None:
         if split not in ("all", "train", "holdout"):
             raise ValueError(f"split must be 'all', 'train' or 'holdout', got {split!r}")
@@ -93,6 +107,7 @@ class Source(abc.ABC):
                 raise ValueError(f"holdout_where gives {values!r} for {name!r}; give a list of at least one value")
         self.split, self.holdout_every, self.holdout_where = split, holdout_every, dict(holdout_where or {})
         self.strict, self.max_pixels, self.max_seconds = strict, max_pixels, max_seconds
+        self.max_frames, self.video_size, self.video_fps = max_frames, video_size, video_fps
         self._text = Caption(caption)
         self._broken: list[str] = []
 
@@ -188,6 +203,10 @@ class Source(abc.ABC):
         """The sound as the source stores it: the bytes of its file, an `Audio`, or None where there is none."""
         return self[index].get("audio")
 
+    def raw_video(self, index: int) -> bytes | Any:
+        """The video as the source stores it: the bytes of its file, a `Video`, or None where there is none."""
+        return self[index].get("video")
+
     @abc.abstractmethod
     def _fields(self, ordinal: int) -> dict[str, Any]:
         """Fields of one example (values may be `Lazy`). Raises `BrokenExample`."""
@@ -202,13 +221,12 @@ class Source(abc.ABC):
         return Example(fields, text=self._text(fields))
 
     def __iter__(self) -> Iterator[Example]:
-        """All examples with pictures and sounds loaded; broken ones are skipped and counted (`strict` raises)."""
+        """All examples with pictures, sounds and videos loaded; broken ones are skipped and counted (`strict` raises)."""
         skipped: list[str] = []
         for index in range(len(self)):
             try:
                 example = self[index]
-                example.get("image")
-                example.get("audio")
+                example.load()
             except BrokenExample as error:
                 if self.strict:
                     raise
@@ -262,7 +280,7 @@ class Caption:
             if isinstance(value, Lazy):
                 value = value.load()
             if value is None:
-                known = ", ".join(sorted(set(fields) - {"image", "audio", "key"}))
+                known = ", ".join(sorted(set(fields) - {*LOADED, "key"}))
                 raise BrokenExample(
                     f"example {fields['key']!r} has no field {name!r} to make its text of; it has: {known or 'none'}; "
                     "set caption to a format over these"

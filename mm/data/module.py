@@ -15,7 +15,7 @@ from mm.data.loader import PackedLoader, estimate_batches
 from mm.data.streaming import StreamingShards
 from mm.interfaces import ModalityTokenizer
 
-CACHED = {"image": "image", "audio": "speech"}
+CACHED = {"image": "image", "audio": "speech", "video": "video"}
 """Field → modality of what is cached by default."""
 FIRST = 16
 """Examples that are looked at to see which fields a source has."""
@@ -37,7 +37,7 @@ class MultimodalDataModule(pl.LightningDataModule):
         tokenizers: modality → tokenizer; by default those of the model being trained.
         cache: folder for pre-tokenised fields. Encodes each field of `cached` once, before training.
         cached: field of the examples → modality whose tokenizer encodes it; sources that lack a field go without. By
-            default `image` for the modality image and `audio` for speech, as far as the model has these.
+            default `image` for the modality image, `audio` for speech and `video` for video, as far as the model has these.
         batches_per_epoch: by default as many as show every example about once; needed for streams.
         seed: of order, mixture, dropout and whatever the layout draws.
         lookahead, chunk: documents that wait while a batch is chosen; documents made at a time.

@@ -16,12 +16,11 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-from mm import audio
 from mm.data.example import BrokenExample, Lazy, Source, digest
-from mm.media import EXTENSIONS, load_image
+from mm.data.media import Decoding, decoding_of, is_picture, is_sound, is_video, medium
 
 MAX_MEMBER_BYTES = 1 << 28
-"""Largest member, picture or row that is read (256 MiB)."""
+"""Largest member, picture, video or row that is read (256 MiB)."""
 MAX_TEXT_BYTES = 1 << 24
 """Largest caption or JSON record that is read (16 MiB)."""
 MAX_SKIPPED_BYTES = 1 << 50
@@ -61,55 +60,23 @@ def member_problem(info: tarfile.TarInfo, twice: bool, limit: int) -> str:
     return ""
 
 
-def is_picture(suffix: str) -> bool:
-    return suffix.rpartition(".")[2] in EXTENSIONS
-
-
-def decode_picture(data: Any, where: str, max_pixels: int) -> Any:
-    """A picture by `load_image`; what is wrong with it becomes a `BrokenExample` that says where it is."""
-    try:
-        return load_image(data, max_pixels=max_pixels)
-    except ValueError as error:
-        raise BrokenExample(f"{where}: {error}") from error
-
-
-def is_sound(suffix: str) -> bool:
-    return suffix.rpartition(".")[2] in audio.EXTENSIONS
-
-
-def decode_sound(data: Any, where: str, max_seconds: float) -> audio.Audio:
-    """A sound by `load_audio`; what is wrong with it becomes a `BrokenExample` that says where it is."""
-    try:
-        return audio.load_audio(data, max_seconds=max_seconds)
-    except ValueError as error:
-        raise BrokenExample(f"{where}: {error}") from error
-
-
 def fields_of_members(
-    suffixes: Sequence[str],
-    read: Callable[[int], bytes],
-    where: str,
-    max_pixels: int,
-    max_seconds: float = audio.MAX_SECONDS,
+    suffixes: Sequence[str], read: Callable[[int], bytes], where: str, decoding: Decoding
 ) -> dict[str, Any]:
     """Fields of one WebDataset sample: JSON merged, `.txt` as `caption`, the first picture as `image`, the first sound as
-    `audio`, other pictures and sounds decoded and everything else as bytes under its suffix. Reads and decodes only what
-    is asked for, JSON excepted."""
+    `audio`, the first video as `video`, other such files decoded and everything else as bytes under its suffix. Reads and
+    decodes only what is asked for, JSON excepted."""
     fields: dict[str, Any] = {}
-    if "json" in suffixes:  # first, so that its fields never hide a picture or a sound
+    if "json" in suffixes:  # first, so that its fields never hide a picture, a sound or a video
         fields |= parse_json(read(suffixes.index("json")), f"{where}.json")
     for number, suffix in enumerate(suffixes):
-        label = f"{where}.{suffix}"
         if suffix == "json":
             continue
         if suffix == "txt":
             fields.setdefault("caption", Lazy(partial(_read_text, read, number)))
-        elif is_picture(suffix):
-            lazy = Lazy(partial(_read_picture, read, number, label, max_pixels))
-            fields["image" if not isinstance(fields.get("image"), Lazy) else suffix] = lazy
-        elif is_sound(suffix):
-            lazy = Lazy(partial(_read_sound, read, number, label, max_seconds))
-            fields["audio" if not isinstance(fields.get("audio"), Lazy) else suffix] = lazy
+        elif field := medium(suffix):
+            lazy = Lazy(partial(_read_medium, read, number, field, f"{where}.{suffix}", decoding))
+            fields[field if not isinstance(fields.get(field), Lazy) else suffix] = lazy
         else:
             fields[suffix] = Lazy(partial(read, number))
     return fields
@@ -119,12 +86,8 @@ def _read_text(read: Callable[[int], bytes], number: int) -> str:
     return read(number).decode("utf-8", "replace").strip()
 
 
-def _read_picture(read: Callable[[int], bytes], number: int, where: str, max_pixels: int) -> Any:
-    return decode_picture(read(number), where, max_pixels)
-
-
-def _read_sound(read: Callable[[int], bytes], number: int, where: str, max_seconds: float) -> audio.Audio:
-    return decode_sound(read(number), where, max_seconds)
+def _read_medium(read: Callable[[int], bytes], number: int, field: str, where: str, decoding: Decoding) -> Any:
+    return decoding.decode(field, read(number), where)
 
 
 class _Files:
@@ -293,13 +256,16 @@ class ShardSource(Source):
         return suffixes, read, f"{self.paths[shard].name}: {self._keys[ordinal]}"
 
     def _fields(self, ordinal: int) -> dict[str, Any]:
-        return fields_of_members(*self._members_of(ordinal), self.max_pixels, self.max_seconds)
+        return fields_of_members(*self._members_of(ordinal), decoding_of(self))
 
     def raw_picture(self, index: int) -> bytes | Any:
         return self._first_of(index, is_picture)
 
     def raw_sound(self, index: int) -> bytes | Any:
         return self._first_of(index, is_sound)
+
+    def raw_video(self, index: int) -> bytes | Any:
+        return self._first_of(index, is_video)
 
     def _first_of(self, index: int, wanted: Callable[[str], bool]) -> bytes | None:
         suffixes, read, _ = self._members_of(self.ordinals[index])

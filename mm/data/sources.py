@@ -16,15 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from mm.audio import EXTENSIONS, READ
-from mm.data.example import BrokenExample, Lazy, Source, digest
+from mm.data.example import LOADED, BrokenExample, Lazy, Source, digest
+from mm.data.media import decoding_of, is_video, medium
 from mm.data.shards import (
     MAX_MEMBER_BYTES,
     MAX_TEXT_BYTES,
     ShardSource,
-    decode_picture,
-    decode_sound,
-    is_picture,
-    is_sound,
     parse_json,
     sample_bytes,
 )
@@ -40,23 +37,26 @@ MAX_DIGIT_SIZE = 512
 
 
 class FolderSource(Source):
-    """Pictures and sounds anywhere under a folder; `NAME.wav` beside `NAME.png` belongs to the same example. Fields come
-    from `NAME.json` and `NAME.txt` (as `caption`) beside them, and from the row of `metadata.jsonl` whose `file_name`
-    names them (relative to where `metadata.jsonl` lies).
+    """Pictures, sounds and videos anywhere under a folder; `NAME.wav` beside `NAME.png` belongs to the same example, and
+    so does `NAME.mp4` or `NAME.video.gif` (an animation that isn't called so is taken for a picture). Fields come from
+    `NAME.json` and `NAME.txt` (as `caption`) beside them, and from the row of `metadata.jsonl` whose `file_name` names them
+    (relative to where `metadata.jsonl` lies).
     """
 
     def __init__(self, path: str | Path, **options: Any) -> None:
         super().__init__(**options)
         self.path = Path(path)
         if not self.path.is_dir():
-            raise ValueError(f"folder {str(path)!r} is missing or not a folder; give a folder with pictures or sounds")
+            raise ValueError(
+                f"folder {str(path)!r} is missing or not a folder; give a folder with pictures, sounds or videos"
+            )
         self._root = self.path.resolve()
         self._rows: dict[str, dict[str, Any]] = {}
         self._names: list[str] = []
         self._beside: dict[str, str] = {}
-        self._sounds: dict[str, str] = {}
-        """Example (by its file in `_names`) → its sound."""
-        sounds: list[str] = []
+        self._more: dict[str, dict[str, str]] = {}
+        """Example (by its first file, which stands in `_names`) → field → further file."""
+        found: dict[str, list[str]] = {field: [] for field in LOADED}
         others: list[str] = []
         for folder, folders, files in os.walk(self.path):
             folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -66,10 +66,8 @@ class FolderSource(Source):
                     self._read_rows(place)
                 elif name.startswith("."):
                     continue
-                elif is_picture(name.lower()):
-                    self._names.append((place / name).as_posix())
-                elif is_sound(name.lower()):
-                    sounds.append((place / name).as_posix())
+                elif field := medium(name.lower()):
+                    found[field].append((place / name).as_posix())
                 elif name.lower().endswith((".txt", ".json")):
                     stem, _, suffix = name.rpartition(".")
                     # Where a.txt and a.TXT both lie there, the one in lower case, which comes last, counts.
@@ -82,17 +80,29 @@ class FolderSource(Source):
                 f"them to one of {', '.join(sorted(EXTENSIONS))}",
                 stacklevel=2,
             )
-        pictures = {_stem(name): name for name in sorted(self._names, reverse=True)}
-        for name in sorted(sounds):
-            example = pictures.get(_stem(name), name)
-            if example == name or example in self._sounds:
-                self._names.append(name)
-                example = name
-            self._sounds[example] = name
-        self._names.sort()
-        for name in sorted(set(self._rows) - set(self._names) - set(sounds)):
-            self._bad(f"metadata.jsonl names {name!r}, which is not a picture or a sound in the folder")
+        self._join(found)
+        for name in sorted(set(self._rows).difference(*found.values())):
+            self._bad(f"metadata.jsonl names {name!r}, which is not a picture, a sound or a video in the folder")
         self._finish([_stem(name) for name in self._names], f"folder {self.path.name!r}")
+
+    def _join(self, found: dict[str, list[str]]) -> None:
+        """Files of one name are one example: that of the picture, or else of the video. A second file of a kind, and a sound
+        without either, is an example of its own."""
+        first: dict[str, str] = {}
+        for field in ("image", "video", "audio"):
+            for name in sorted(found[field]):
+                example = first.get(_stem(name), name)
+                if example == name or field in self._files_of(example):
+                    self._names.append(name)
+                    if field != "audio":
+                        first.setdefault(_stem(name), name)
+                else:
+                    self._more.setdefault(example, {})[field] = name
+        self._names.sort()
+
+    def _files_of(self, name: str) -> dict[str, str]:
+        """Field → file of an example."""
+        return {medium(name.lower()): name, **self._more.get(name, {})}
 
     def _read_rows(self, place: Path) -> None:
         with self._file((place / "metadata.jsonl").as_posix()).open("rb") as file:
@@ -140,7 +150,7 @@ class FolderSource(Source):
 
     @property
     def identity(self) -> str:
-        names = sorted({*self._names, *self._sounds.values()})
+        names = sorted(file for name in self._names for file in self._files_of(name).values())
         files = [(name, self.path / name) for name in names]
         sizes = [f"{name} {path.stat().st_size if path.is_file() else -1}" for name, path in files]
         spread = files[:: max(1, len(files) // 64)]
@@ -148,38 +158,46 @@ class FolderSource(Source):
 
     def _fields(self, ordinal: int) -> dict[str, Any]:
         name = self._names[ordinal]
-        stem, sound = _stem(name), self._sounds.get(name)
+        stem = _stem(name)
         fields: dict[str, Any] = {}
         if beside := self._beside.get(f"{stem}.txt"):
             fields["caption"] = self._read(beside, MAX_TEXT_BYTES).decode("utf-8", "replace").strip()
         if beside := self._beside.get(f"{stem}.json"):
             fields |= parse_json(self._read(beside, MAX_TEXT_BYTES), beside)
-        fields |= self._rows.get(name, {})
-        if sound is not None:
-            fields |= self._rows.get(sound, {})
-            fields["audio"] = Lazy(lambda: decode_sound(self._read(sound, MAX_MEMBER_BYTES), sound, self.max_seconds))
-        if name != sound:
-            fields["image"] = Lazy(lambda: decode_picture(self._read(name, MAX_MEMBER_BYTES), name, self.max_pixels))
+        files = self._files_of(name)
+        for file in files.values():
+            fields |= self._rows.get(file, {})
+        for field, file in files.items():
+            fields[field] = Lazy(partial(self._decode, field, file))
         return fields
 
+    def _decode(self, field: str, name: str) -> Any:
+        return decoding_of(self).decode(field, self._read(name, MAX_MEMBER_BYTES), name)
+
     def raw_picture(self, index: int) -> bytes | Any:
-        name = self._names[self.ordinals[index]]
-        return None if self._sounds.get(name) == name else self._read(name, MAX_MEMBER_BYTES)
+        return self._raw(index, "image")
 
     def raw_sound(self, index: int) -> bytes | Any:
-        sound = self._sounds.get(self._names[self.ordinals[index]])
-        return None if sound is None else self._read(sound, MAX_MEMBER_BYTES)
+        return self._raw(index, "audio")
+
+    def raw_video(self, index: int) -> bytes | Any:
+        return self._raw(index, "video")
+
+    def _raw(self, index: int, field: str) -> bytes | None:
+        name = self._files_of(self._names[self.ordinals[index]]).get(field)
+        return None if name is None else self._read(name, MAX_MEMBER_BYTES)
 
 
 def _stem(name: str) -> str:
-    return Path(name).with_suffix("").as_posix()
+    path = Path(name).with_suffix("")
+    return (path.with_suffix("") if path.suffix.lower() == ".video" and is_video(name.lower()) else path).as_posix()
 
 
 class HFSource(Source):
     """A directory written by `datasets.Dataset.save_to_disk` (or one `subset` of a saved `DatasetDict`).
 
-    `image` is the first picture column and `audio` the first sound column; a column named `key`, `id` or `__key__` gives
-    the key, else the row number.
+    `image` is the first picture column, `audio` the first sound column, and `video` the first video column; a column named
+    `key`, `id` or `__key__` gives the key, else the row number.
     """
 
     def __init__(self, path: str | Path, subset: str | None = None, **options: Any) -> None:
@@ -203,12 +221,14 @@ class HFSource(Source):
             rows = datasets.load_from_disk(str(self.path)).with_format(None)
         except Exception as error:  # arrow raises types of its own
             raise ValueError(f"{self.path.name!r} is damaged: {error}") from error
-        pictures = [name for name, kind in rows.features.items() if isinstance(kind, datasets.Image)]
-        sounds = [name for name, kind in rows.features.items() if isinstance(kind, datasets.Audio)]
-        for name, kind in rows.features.items():
-            if isinstance(kind, datasets.Image | datasets.Audio):
-                rows = rows.cast_column(name, type(kind)(decode=False))
-        self._rows, self._pictures, self._sounds = rows, pictures, sounds
+        kinds = {"image": datasets.Image, "audio": datasets.Audio, "video": datasets.Video}
+        self._columns = {
+            field: [name for name, of in rows.features.items() if isinstance(of, kind)] for field, kind in kinds.items()
+        }
+        self._media = [name for names in self._columns.values() for name in names]
+        for name in self._media:
+            rows = rows.cast_column(name, type(rows.features[name])(decode=False))
+        self._rows = rows
         named = next((name for name in ("key", "id", "__key__") if name in rows.features), None)
         width = len(str(len(rows)))
         keys = [str(key) for key in rows[named]] if named else [f"{row:0{width}}" for row in range(len(rows))]
@@ -242,43 +262,39 @@ class HFSource(Source):
             fields: dict[str, Any] = dict(self._rows[ordinal])
         except Exception as error:
             raise BrokenExample(f"row {ordinal} of {self.what} can't be read: {error}") from error
-        stored = {name: fields.pop(name) for name in (*self._pictures, *self._sounds)}
-        for columns, main, decode in (
-            (self._pictures, "image", self._decode_picture),
-            (self._sounds, "audio", self._decode_sound),
-        ):
+        stored = {name: fields.pop(name) for name in self._media}
+        for field, columns in self._columns.items():
             for name in columns:
                 if stored[name] is not None:
-                    lazy = Lazy(partial(decode, stored[name], f"row {ordinal}, {name}"))
-                    fields[main if name == columns[0] else name] = lazy
+                    lazy = Lazy(partial(self._decode, field, stored[name], f"row {ordinal}, {name}"))
+                    fields[field if name == columns[0] else name] = lazy
         return fields
 
     def _facts(self, names: Sequence[str]) -> Iterator[dict[str, Any]]:
-        """Of the columns that are asked for, so that no picture or sound is read."""
-        known = [n for n in names if n in self._rows.features and n not in (*self._pictures, *self._sounds)]
+        """Of the columns that are asked for, so that nothing is decoded."""
+        known = [n for n in names if n in self._rows.features and n not in self._media]
         for row in self._rows.select_columns(known) if known else [{}] * self.total:
             yield dict(row)
 
-    def _decode_picture(self, stored: dict[str, Any], where: str) -> Any:
+    def _decode(self, field: str, stored: dict[str, Any], where: str) -> Any:
         if not stored.get("bytes"):
-            raise BrokenExample(f"{where} names a file instead of holding the picture; save it with embedded pictures")
-        return decode_picture(stored["bytes"], where, self.max_pixels)
-
-    def _decode_sound(self, stored: dict[str, Any], where: str) -> Any:
-        if not stored.get("bytes"):
-            raise BrokenExample(f"{where} names a file instead of holding the sound; save it with embedded sounds")
-        return decode_sound(stored["bytes"], where, self.max_seconds)
+            what = {"image": "picture", "audio": "sound", "video": "video"}[field]
+            raise BrokenExample(f"{where} names a file instead of holding the {what}; save it with embedded {what}s")
+        return decoding_of(self).decode(field, stored["bytes"], where)
 
     def raw_picture(self, index: int) -> bytes | Any:
-        return self._raw(index, self._pictures)
+        return self._raw(index, "image")
 
     def raw_sound(self, index: int) -> bytes | Any:
-        return self._raw(index, self._sounds)
+        return self._raw(index, "audio")
 
-    def _raw(self, index: int, columns: list[str]) -> bytes | None:
-        if not columns:
+    def raw_video(self, index: int) -> bytes | Any:
+        return self._raw(index, "video")
+
+    def _raw(self, index: int, field: str) -> bytes | None:
+        if not self._columns[field]:
             return None
-        stored = self._rows[self.ordinals[index]][columns[0]]
+        stored = self._rows[self.ordinals[index]][self._columns[field][0]]
         return stored["bytes"] if stored else None
 
 

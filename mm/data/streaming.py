@@ -16,9 +16,12 @@ from urllib.parse import urlsplit
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
+from mm.audio import MAX_SECONDS
 from mm.data.example import BrokenExample, Caption, Example, Split, digest, warn_skipped
+from mm.data.media import Decoding
 from mm.data.shards import MAX_MEMBER_BYTES, MAX_TEXT_BYTES, BoundedInfo, fields_of_members, member_problem, split_name
 from mm.media import MAX_PIXELS
+from mm.video import MAX_FRAMES
 
 Place = tuple[int, int, int]
 """Epoch, number of the shard within the lane, number of the example within the shard (as read, permuted)."""
@@ -34,7 +37,7 @@ class StreamingShards(IterableDataset[Example]):
         urls: paths, addresses (http, https, gs, hf and whatever else `webdataset` opens), braces expanded. Compressed
             tar files are fine here. `pipe:` runs a shell command and needs `allow_commands`.
         split, holdout_every: as for the random-access sources, but by a hash of the key: a stream can't sort its keys.
-        caption, strict, max_pixels: as for the random-access sources.
+        caption, strict, max_pixels, max_seconds, max_frames, video_size, video_fps: as for the random-access sources.
         lanes: shards read in turn. Memory: `lanes` × `shuffle` undecoded examples.
         shuffle: examples permuted together; 1 keeps the order of the shards' members.
         seed: of the permutations.
@@ -49,6 +52,10 @@ class StreamingShards(IterableDataset[Example]):
         caption: str | None = None,
         strict: bool = False,
         max_pixels: int = MAX_PIXELS,
+        max_seconds: float = MAX_SECONDS,
+        max_frames: int = MAX_FRAMES,
+        video_size: int | None = None,
+        video_fps: float | None = None,
         max_member_bytes: int = MAX_MEMBER_BYTES,
         lanes: int = 4,
         shuffle: int = 256,
@@ -69,7 +76,8 @@ class StreamingShards(IterableDataset[Example]):
         if not self.urls:
             raise ValueError("StreamingShards got no shards; give at least one address or path")
         self.split, self.holdout_every, self.strict = split, holdout_every, strict
-        self.max_pixels, self.max_member_bytes = max_pixels, max_member_bytes
+        self.decoding = Decoding(max_pixels, max_seconds, max_frames, video_size, video_fps)
+        self.max_member_bytes = max_member_bytes
         self.lanes, self.shuffle, self.seed = min(lanes, len(self.urls)), shuffle, seed
         self._text = Caption(caption)
         self.what = f"stream of {len(self.urls)} shards"
@@ -182,14 +190,14 @@ class StreamingShards(IterableDataset[Example]):
         members = {name: data for name, data in sample.items() if not name.startswith("__")}
         values, where = list(members.values()), f"{sample['__url__']}: {key}"
         try:
-            fields = fields_of_members(list(members), values.__getitem__, where, self.max_pixels)
+            fields = fields_of_members(list(members), values.__getitem__, where, self.decoding)
         except BrokenExample as error:
             return error
         fields["key"] = key
         return Example(fields, text=self._text(fields))
 
     def __iter__(self) -> Iterator[Example]:
-        """One epoch: lanes in turn, pictures and sounds loaded; broken examples are skipped and counted (`strict` raises)."""
+        """One epoch: lanes in turn, media loaded; broken examples are skipped and counted (`strict` raises)."""
         worker = get_worker_info()
         number, count = (worker.id, worker.num_workers) if worker else (0, 1)
         state = self._state
@@ -224,8 +232,7 @@ class StreamingShards(IterableDataset[Example]):
         try:
             if isinstance(example, BrokenExample):
                 raise example
-            example.get("image")
-            example.get("audio")
+            example.load()
         except BrokenExample as error:
             if self.strict:
                 raise
