@@ -74,7 +74,7 @@ class Knowing(Subject):
         names = sorted(self.pictures)
         self.answer = dict(zip(names, names[1:] + names[:1] if errs else names, strict=True))
 
-    def draw(self, prompts: Sequence[str], seed: int) -> Drawn:
+    def draw(self, prompts: Sequence[str], seed: int, constrained: bool = True) -> Drawn:
         made = torch.stack([self.pictures[self.answer[prompt]] for prompt in prompts])
         return Drawn(made, [True] * len(prompts), [""] * len(prompts), 1.0)
 

@@ -110,10 +110,12 @@ class Subject:
     def fingerprint(self) -> str:
         return fingerprint(self.model)
 
-    def draw(self, prompts: Sequence[str], seed: int) -> Drawn:
-        """One picture a prompt; equal prompts give different ones. `seed` and prompt decide, not the batch."""
+    def draw(self, prompts: Sequence[str], seed: int, constrained: bool = True) -> Drawn:
+        """One picture a prompt; equal prompts give different ones. `seed` and prompt decide, not the batch. `constrained` as in
+        `TextToImagePipeline`."""
         started = time.perf_counter()
-        tokens = self.draws.generate(self.draws.encode(list(prompts)), sampling=self.sampling, seed=seed)
+        encoded = self.draws.encode(list(prompts))
+        tokens = self.draws.generate(encoded, sampling=self.sampling, seed=seed, constrained=constrained)
         decoded = self._decode(tokens)
         seconds = time.perf_counter() - started
         pixels = [pictures.to_bytes(pictures.fit_square(d.value, self.side)) for d in decoded]
