@@ -342,6 +342,9 @@ def test_the_command_writes_what_the_source_gives(tmp_path: Path, handwriting: P
         assert np.array_equal(video.frames, example["video"].frames) and video.fps == 8
         assert fields["caption"] == example["text"] and fields["motions"] == example["motions"]
         assert np.allclose(fields["track"], example["track"], atol=1e-3)
+    read = ShardSource(out / "moving-000000.tar")
+    assert len(read) == 14 and read.key(3) == source.key(3) and read[3]["text"] == source[3]["text"]
+    assert np.array_equal(read[3]["video"].frames, source[3]["video"].frames) and "image" not in read[3]
     first = (out / "moving-000000.tar").read_bytes()
     assert command.main(["moving", "--out", str(out), *options]) == 0
     assert (out / "moving-000000.tar").read_bytes() == first, "the same settings write the same bytes"
