@@ -31,10 +31,10 @@ PATIENCE = 100
 class ClipBatch(NamedTuple):
     """A batch as training and validation see it."""
 
-    pixels: Float[Tensor, "B T 3 S S"]
+    pixels: Float[Tensor, "B T 3 S S"] | Float[Tensor, "BT 3 S S"]
     """In [−1, 1]."""
     source: Int[Tensor, " B"]
-    """All 0: there is one source."""
+    """All 0, there is one source; as many as `pixels`."""
 
 
 class ClipDataModule(L.LightningDataModule):
@@ -47,6 +47,7 @@ class ClipDataModule(L.LightningDataModule):
         size: side of frames in pixels; larger or oblong ones are scaled to cover the square and cropped.
         fps: frames a second; clips of another rate are resampled. 0: all as they are.
         batch_size: clips a step and rank.
+        single: batches are of single frames, B · T pictures, for a tokenizer of pictures.
         held_out: most clips for validation.
         seed: of the order and the windows.
     """
@@ -59,6 +60,7 @@ class ClipDataModule(L.LightningDataModule):
         size: int = 32,
         fps: float = 0.0,
         batch_size: int = 16,
+        single: bool = False,
         held_out: int = 128,
         seed: int = 0,
     ) -> None:
@@ -71,6 +73,7 @@ class ClipDataModule(L.LightningDataModule):
         self.train, self.validation, self.names = train, validation, ["clips"]
         self.frames, self.size, self.fps = frames, size, fps
         self.batch_size, self.held_out, self.seed = batch_size, held_out, seed
+        self.single = single
         self._loader: ShuffledBatches | None = None
         self._held: UInt8[Tensor, "N T 3 S S"] | None = None
 
@@ -112,6 +115,8 @@ class ClipDataModule(L.LightningDataModule):
         return torch.stack(taken)
 
     def batch(self, clips: UInt8[Tensor, "B T 3 S S"]) -> ClipBatch:
+        if self.single:
+            clips = clips.flatten(0, 1)
         return ClipBatch(pictures.to_unit(clips), torch.zeros(len(clips), dtype=torch.long))
 
     @property
