@@ -4,8 +4,7 @@ place of a span of a clip."""
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
 from types import NoneType
 from typing import Any, Unpack
 
@@ -22,28 +21,13 @@ from mm.pipelines.base import Callback, Pipeline, SamplingOptions, check_count, 
 from mm.pipelines.media import longest
 from mm.pipelines.outputs import AudioOutput
 from mm.pipelines.playing import Player, events
-from mm.pipelines.sound_editing import Edit, Plan, plan
+from mm.pipelines.sound_editing import Edit, plan
+from mm.pipelines.spoken import Score, Utterance, best, completed
 from mm.pipelines.utterances import USUAL, bounds, check_duration, divide, divided, shares
 
 Voice = str | SoundSource | None
 """The name of a voice that the model knows, or a clip of one: a path, bytes, an open binary file, `mm.audio.Audio`, or (rate,
 array). None: the first voice that the model knows, or none."""
-Score = Callable[[Audio, str], float]
-"""How good a sound is for a text; larger is better."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Utterance:
-    """One item that is asked for."""
-
-    prompt: list[Segment]
-    text: str
-    grid: Grid
-    """Elements: given, or bounds between which the model chooses."""
-    words: Sequence[tuple[str, Grid]] = ()
-    """Of a model that speaks word by word: each word, and its elements."""
-    plan: Plan | None = None
-    """Of an edit."""
 
 
 class TextToSpeechPipeline(Pipeline):
@@ -114,9 +98,7 @@ class TextToSpeechPipeline(Pipeline):
         each = [parts for parts in utterances for _ in range(num_audios * best_of)]
         audios = self.decode(tokens, each)
         if best_of > 1:
-            kept = [
-                _best(range(at, at + best_of), each, tokens, audios, score) for at in range(0, len(audios), best_of)
-            ]
+            kept = [best(range(at, at + best_of), each, tokens, audios, score) for at in range(0, len(audios), best_of)]
             tokens, audios = [tokens[number] for number in kept], [audios[number] for number in kept]
         said = [words or "" for words in texts for _ in range(num_audios)]
         rate = self.tokenizer(self.speech).spec.sample_rate
@@ -296,7 +278,7 @@ class TextToSpeechPipeline(Pipeline):
         """The sound of each list of items, joined. `utterances`, one for each, say which are edits."""
         plans = [[part.plan for part in parts] for parts in utterances or [[]] * len(tokens)]
         each = [
-            _completed(item, wanted)
+            completed(item, wanted)
             for items, parts in zip(tokens, plans, strict=True)
             for item, wanted in zip(items, parts or [None] * len(items), strict=True)
         ]
@@ -370,33 +352,6 @@ class TextToSpeechPipeline(Pipeline):
 
     def _wrap(self, content: Tensor) -> Encoded:
         return self.wrap(self.speech, content, (len(content),))
-
-
-def _completed(item: Encoded, wanted: Plan | None) -> Encoded:
-    if wanted is None:
-        return item
-    kind = next(kind for kind in ("ids", "codes", "latents") if getattr(item, kind) is not None)
-    values: Mapping[str, Any] = {kind: wanted.completed(item.content)}
-    return replace(item, **values)
-
-
-def _best(
-    numbers: range,
-    utterances: Sequence[Sequence[Utterance]],
-    tokens: Sequence[Sequence[Encoded]],
-    audios: Sequence[Audio],
-    score: Score | None,
-) -> int:
-    """Of some candidates the one with the largest score, or the smallest distance to what follows the edited span."""
-
-    def worth(number: int) -> float:
-        if score is not None:
-            return float(score(audios[number], " ".join(part.text for part in utterances[number])))
-        wanted = utterances[number][0].plan
-        assert wanted is not None
-        return -wanted.distance(tokens[number][0].content)
-
-    return max(numbers, key=worth)
 
 
 def _spread(name: str, value: Any, count: int, one: tuple[type, ...]) -> list[Any]:
