@@ -286,3 +286,20 @@ Given value: {'paths': ['a.tar']}"""
     assert sentence(rivals) == "shard 'a.tar' is missing; give paths of local .tar files"
     wrong = "Import path mm.X does not correspond to a subclass of Streaming"
     assert sentence(f'Parser key "data":\n  {wrong}') == f"data: {wrong}", "alone it is what is wrong"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["tokenizer.init_args.pretrained", "null"],
+        ["tokenizer", '{"class_path": "mm.tokenizers.speech_codec.SpeechCodec", "init_args": {"pretrained": null}}'],
+        ["tokenizer.init_args", '{"pretrained": null}'],
+    ],
+)
+def test_null_inside_a_list_stays_null(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """jsonargparse hands such values on as their Python text, and a path named None would be looked for."""
+    option = [f"--model.init_args.modalities.{arguments[0]}", arguments[1]]
+    with pytest.raises(SystemExit):
+        main(["fit", "-c", "systems/asr.yaml", *option, "--print_config"])
+    speech = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]["modalities"][-1]
+    assert speech["name"] == "speech" and speech["tokenizer"]["init_args"]["pretrained"] is None

@@ -29,7 +29,8 @@ def main(argv: list[str]) -> int:
 
     import warnings
 
-    from jsonargparse import ArgumentError, set_parsing_settings
+    import yaml
+    from jsonargparse import ArgumentError, get_loader, set_loader, set_parsing_settings
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch import LightningDataModule, LightningModule
     from lightning.pytorch.callbacks import ModelCheckpoint
@@ -72,6 +73,7 @@ def main(argv: list[str]) -> int:
             watch(trainer, resume=argv[0] == "fit")
             return trainer
 
+    set_loader(MODE, partial(load_value, get_loader("yaml")), exceptions=(yaml.YAMLError,))
     # strings below the fields of a dataclass become its help; reading them takes seconds
     set_parsing_settings(docstring_parse_attribute_docstrings=any("help" in argument for argument in argv))
     try:
@@ -86,7 +88,7 @@ def main(argv: list[str]) -> int:
                 subclass_mode_model=True,
                 subclass_mode_data=True,
                 save_config_kwargs={"overwrite": True},
-                parser_kwargs={"exit_on_error": False, "prog": "mm"},
+                parser_kwargs={"exit_on_error": False, "prog": "mm", "parser_mode": MODE},
                 args=arguments,
             )
     except (ArgumentError, MisconfigurationException, ValueError) as error:
@@ -158,6 +160,24 @@ def check_readable(path: str | Path, resume: bool) -> None:
     missing = [key for key in needed if not isinstance(state, dict) or key not in state]
     if missing:
         raise ValueError(f"{what} holds no {missing[0]}, expected what training goes on from; {advice}")
+
+
+MODE = "yaml_with_none"
+"""What jsonargparse is to call `load_value`."""
+
+
+def load_value(load: Callable[[str], Any], text: str) -> Any:
+    """YAML, with Python's word for null: what an option says of a part of a list's last element reaches the parser as the text
+    of a Python value, where null has become None."""
+
+    def nulled(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: nulled(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [nulled(inner) for inner in value]
+        return None if value == "None" else value
+
+    return nulled(load(text))
 
 
 NOISE = re.compile(
