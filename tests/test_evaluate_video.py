@@ -21,7 +21,11 @@ from mm.evaluate.moving_digits import recognised, seen, training_frames
 from mm.evaluate.networks import Judge
 from mm.evaluate.protocol import Augmentation, Protocol, Recipe
 from mm.evaluate.run import evaluate
-from mm.evaluate.video import Filmed, ask, clip_figures, drift_figures, evaluate_video, open_moving, psnr
+from mm.evaluate.video import Filmed, VideoSubject, ask, clip_figures, drift_figures, evaluate_video, open_moving, psnr
+from mm.heads.regression import RegressionHead
+from mm.orders.blocks import Blocks
+from mm.testing import tiny
+from mm.tokenizers.video_vae import VideoVAE
 from mm.video import Video
 
 RECIPE = Recipe(channels=1, widths=(8, 16, 16), features=32, epochs=3, augmentation=Augmentation(noise=0.05))
@@ -286,3 +290,28 @@ def test_a_source_that_isn_t_moving_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="got a object to evaluate"):
         evaluate(object(), {"moving": open_moving([])}, only=["video"])
     assert replace(Protocol(), rollout=2).rollout == 2 and evaluation.FAMILY == "video"
+
+
+# --- a model --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window", [0, 3])
+def test_a_random_model_is_measured_whole(
+    window: int, protocol: Protocol, judges: Path, tmp_path: Path, source: MovingSource
+) -> None:
+    order = Blocks(frames=2, window=window, sampler={"steps": 2})
+    model = tiny(order, tokenizer=VideoVAE.tiny(), head=RegressionHead())
+    protocol = replace(protocol, samples=5, rollout=2)
+    said: list[str] = []
+    (tmp_path / "judges").symlink_to(judges)
+    report = evaluate(model, {"moving": source}, protocol=protocol, folder=tmp_path, only=["video"], say=said.append)
+    names = {figure.name for figure in report.figures}
+    assert {figure.family for figure in report.figures} == {"video"} and len(names) == len(report.figures)
+    assert report["video", "direction as captioned"].value < 1 and report["video", "clips valid"].n == 5
+    assert report["video", "seconds a clip"].note == "9 frames, in batches"
+    assert ("rollout: motion as captioned" in names) == bool(window)
+    assert any("no rollout of 18 frames" in line for line in said) == (not window)
+    subject = VideoSubject(model, sampling={"steps": 2})
+    again = evaluate(subject, {"moving": source}, protocol=protocol, folder=tmp_path, only=["video"])
+    same = "motion as captioned"
+    assert again.facts["sampling"]["video"]["steps"] == 2 and again["video", same].n == report["video", same].n
