@@ -186,7 +186,7 @@ def _still(data: bytes, name: str, limits: Limits) -> Clip:
 
 
 def _animation(file: IO[bytes], name: str, limits: Limits, kind: str, start: bytes) -> Clip:
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     if all(size := _size(kind, start)):  # WebP's reader makes room for the whole canvas as soon as it is opened
         limits.check_frame(name, *size)
@@ -198,7 +198,8 @@ def _animation(file: IO[bytes], name: str, limits: Limits, kind: str, start: byt
     except Exception as error:  # a parser fed with a stranger's bytes may raise anything
         if isinstance(error, ValueError) and str(error).startswith(name):
             raise
-        raise ValueError(f"{name} is damaged or not a picture ({PICTURES[kind]}): {_short(error)}") from error
+        detail = "" if isinstance(error, UnidentifiedImageError) else f": {_short(error)}"
+        raise ValueError(f"{name} is damaged or not a picture ({PICTURES[kind]}){detail}") from error
     limits.check(name, *picture.size, count if limits.fps is None else 1)
     return Clip(_pictures(picture, name, limits, count), 0.01 if kind == "gif" else 0.001)
 

@@ -140,7 +140,7 @@ def test_tokenize_goes_by_what_is_in_a_file(clip: Path, capsys: pytest.CaptureFi
     assert main(["tokenize", "clip", "--tokenizer", "text_bytes"]) == 2
     assert "'text_bytes' is a tokenizer of texts, and 'clip' is a sound" in capsys.readouterr().err
     assert main(["tokenize", "none", "--tokenizer", "text_bytes"]) == 2
-    assert "'none' is missing; give the path of a picture, a sound or a text" in capsys.readouterr().err
+    assert "'none' is missing; give the path of a picture, a sound, a video or a text" in capsys.readouterr().err
 
 
 def test_transcripts_are_words_that_the_recogniser_knows(capsys: pytest.CaptureFixture[str]) -> None:

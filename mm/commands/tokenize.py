@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from mm.interfaces import Encoded, ModalityTokenizer, Spec
 
 TEXT = (".txt", ".md", ".csv", ".json", ".yaml", ".py")
-Kind = Literal["text", "picture", "sound"]
-PLURAL: dict[str, str] = {"text": "texts", "picture": "pictures", "sound": "sounds"}
+Kind = Literal["text", "picture", "sound", "video"]
+PLURAL: dict[str, str] = {"text": "texts", "picture": "pictures", "sound": "sounds", "video": "videos"}
 UNKNOWN = (math.inf, -math.inf)
 """Figures that JSON can't say, with NaN."""
 MAX_TEXT = 1 << 24
@@ -32,7 +32,9 @@ COMPARED = 2_000
 def main(argv: list[str]) -> int:
     """Returns the exit status; raises `ValueError` for a file or a tokenizer that can't be used."""
     command = parser("tokenize", "Encode and decode a file; report the rate and what is lost.")
-    command.add_argument("file", help="a picture, a sound or a text; the ending says which, or else how it begins")
+    command.add_argument(
+        "file", help="a picture, a sound, a video or a text; the ending says which, or else how it begins"
+    )
     command.add_argument(
         "--tokenizer",
         required=True,
@@ -49,18 +51,24 @@ def main(argv: list[str]) -> int:
     )
     command.add_argument("--json", action="store_true", help="the figures as JSON")
     args = command.parse_args(argv)
-    kind = kind_of_file(args.file)
-    words = [] if args.transcript is None else check_transcript(args.transcript, kind)
-    out = place(args.out, kind) if args.out else None
-    tokenizer = find(args.tokenizer, kind)
+    kinds = kinds_of_file(args.file)
+    words = [] if args.transcript is None else check_transcript(args.transcript, *kinds)
+    if words:
+        kinds = ("sound",)
+    if args.out and len(kinds) == 1:  # before a tokenizer is loaded
+        place(args.out, kinds[0])
+    tokenizer = find(args.tokenizer, *kinds)
     made_for = kind_of(tokenizer.spec)
-    if made_for not in (None, kind) and os.path.isfile(args.file):  # `read` says what is missing
+    if made_for and made_for not in kinds and os.path.isfile(args.file):  # `read` says what is missing
         raise ValueError(
-            f"{args.tokenizer!r} is a tokenizer of {PLURAL[made_for]}, and {args.file!r} is a {kind}; give one of {PLURAL[kind]}"
+            f"{args.tokenizer!r} is a tokenizer of {PLURAL[made_for]}, and {args.file!r} is a {kinds[0]}; "
+            f"give one of {PLURAL[kinds[0]]}"
         )
+    kind = made_for if made_for in kinds else kinds[0]
+    out = place(args.out, kind) if args.out else None
     if not tokenizer.decodes and (out or args.transcript is not None):
         raise ValueError(f"{args.tokenizer!r} makes prompts and can't decode them; leave out --out and --transcript")
-    raw = read(args.file, kind)
+    raw = read(args.file, kind, tokenizer)
     measured: dict[str, Any]
     value: Any
     if isinstance(raw, Iterator):
@@ -71,9 +79,13 @@ def main(argv: list[str]) -> int:
                 "--transcript is of sounds of up to ten minutes; leave it out, or cut the sound into parts"
             )
         measured, value = tokenize_pieces(raw, tokenizer, keep=bool(out))
+    elif kind == "video":
+        from mm.commands.tokenize_videos import tokenize_clip
+
+        measured, value = tokenize_clip(raw, tokenizer, keep=bool(out))
     else:
         measured, value = tokenize(raw, tokenizer, kind)
-    figures = {"tokenizer": type(tokenizer).__name__, "file_bits": 8 * Path(args.file).stat().st_size, **measured}
+    figures = {"tokenizer": type(tokenizer).__name__, "file_bits": file_bits(args.file), **measured}
     if kind == "sound":
         figures["frame_rate"] = round(tokenizer.spec.frame_rate, 4)
     if args.transcript is not None:
@@ -114,30 +126,45 @@ def waveform(tokenizer: ModalityTokenizer) -> bool:
     return bool(getattr(tokenizer, "waveform", False))
 
 
-def kind_of_file(file: str) -> Kind:
-    """By its ending, or else by its first bytes. Raises `ValueError` for a missing file whose name doesn't tell."""
+def file_bits(file: str) -> int | None:
+    """None for a folder."""
+    return 8 * Path(file).stat().st_size if os.path.isfile(file) else None
+
+
+def kinds_of_file(file: str) -> tuple[Kind, ...]:
+    """What it may be taken for, the likeliest first, by its ending, or else by its first bytes: a film has a sound too, and a
+    picture is a video of one frame. Raises `ValueError` for a missing file whose name doesn't tell."""
+    from mm import audio_files, media, video, video_files
     from mm.audio import READ
-    from mm.audio_files import file_kind
-    from mm.media import EXTENSIONS
 
     ending = Path(file).suffix.lower()
     if ending in TEXT:
-        return "text"
-    if ending[1:] in EXTENSIONS or ending[1:] in READ:
-        return "sound" if ending[1:] in READ else "picture"
+        return ("text",)
+    if ending[1:] in video.EXTENSIONS:
+        return ("video", "sound")
+    if ending[1:] in READ:
+        return ("sound",)
+    if ending[1:] in media.EXTENSIONS:
+        return ("picture", "video")
+    if os.path.isdir(file):  # of pictures, one a frame
+        return ("video",)
     if not os.path.isfile(file):
-        raise ValueError(f"{file!r:.400} is missing; give the path of a picture, a sound or a text")
+        raise ValueError(f"{file!r:.400} is missing; give the path of a picture, a sound, a video or a text")
     with open(file, "rb") as opened:
         start = opened.read(512)
-    if file_kind(start[:16]):
-        return "sound"
+    if video_files.file_kind(start[:16]) in video_files.FFMPEG:
+        return ("sound", "video") if start[8:11] == b"M4A" else ("video", "sound")
+    if audio_files.file_kind(start[:16]):
+        return ("sound",)
     readable = start.decode("utf-8", "ignore")
     cut = len(start) - len(readable.encode())  # of a character that the 512 bytes end in
-    return "text" if start and cut < 4 and not any(ord(letter) < 9 for letter in readable) else "picture"
+    text = start and cut < 4 and not any(ord(letter) < 9 for letter in readable)
+    return ("text",) if text else ("picture", "video")
 
 
-def find(name: str, kind: Kind) -> ModalityTokenizer:
-    """The tokenizer that a name means. Raises `ValueError` with what would be understood."""
+def find(name: str, *kinds: Kind) -> ModalityTokenizer:
+    """The tokenizer that a name means; of several in a checkpoint that of the first kind which has one. Raises `ValueError`
+    with what would be understood."""
     from torch import nn
 
     from mm import hub, plugins, safe_io
@@ -157,9 +184,9 @@ def find(name: str, kind: Kind) -> ModalityTokenizer:
     if name in hub.shipped() or (path / hub.CONFIG).is_file() or ("/" in name and not path.exists()):
         where = hub.resolve(name)
         tokenizers = hub.load_tokenizers(where, hub.read_config(where))
-        fitting = [t for t in tokenizers.values() if kind_of(t.spec) == kind]
+        fitting = [t for kind in kinds for t in tokenizers.values() if kind_of(t.spec) == kind]
         if not fitting:
-            raise ValueError(f"{name!r} has no tokenizer for {kind if kind == 'text' else PLURAL[kind]}")
+            raise ValueError(f"{name!r} has no tokenizer for {'text' if kinds[0] == 'text' else PLURAL[kinds[0]]}")
         return fitting[0]
     if (path / "tokenizer.json").is_file():
         return plugins.load("tokenizers", "text_hf").from_directory(path)  # type: ignore[attr-defined]
@@ -173,16 +200,22 @@ def find(name: str, kind: Kind) -> ModalityTokenizer:
 
 
 def kind_of(spec: Spec) -> Kind | None:
-    """What a tokenizer is for, by its spec; None for none of the three."""
+    """What a tokenizer is for, by its spec; None for none of the four."""
     if spec.sample_rate:
         return "sound"
+    if spec.fps:
+        return "video"
     if spec.is_free:
-        return "picture" if spec.pixels and not spec.fps else None
+        return "picture" if spec.pixels else None
     return {0: "text", 2: "picture"}.get(len(spec.max_grid))  # type: ignore[return-value]
 
 
-def read(file: str, kind: Kind) -> Any:
+def read(file: str, kind: Kind, tokenizer: ModalityTokenizer) -> Any:
     """The file as its tokenizer wants it; a long sound as pieces of it."""
+    if kind == "video":
+        from mm.commands.tokenize_videos import read_clip
+
+        return read_clip(file, tokenizer)
     if kind == "picture":
         from mm.media import load_image
 
@@ -201,9 +234,14 @@ def read(file: str, kind: Kind) -> Any:
 
 def place(path: str, kind: Kind) -> Path:
     """The file that `--out` means. Raises `ValueError` for an ending that doesn't fit, or a folder that can't be made."""
-    from mm.pipelines.outputs import PICTURES, SOUNDS, numbered
+    from mm.pipelines.outputs import PICTURES, SOUNDS, numbered, video_endings
 
-    name, endings = {"text": ("text", TEXT), "picture": ("image", PICTURES), "sound": ("speech", SOUNDS)}[kind]
+    name, endings = {
+        "text": ("text", TEXT),
+        "picture": ("image", PICTURES),
+        "sound": ("speech", SOUNDS),
+        "video": ("video", video_endings()),
+    }[kind]
     return writable(numbered(path, 1, name, endings)[0])
 
 
@@ -211,11 +249,14 @@ def write(path: Path, value: Any) -> None:
     from mm import safe_io
     from mm.audio import Audio, save_audio
     from mm.pipelines.outputs import save_picture
+    from mm.video import Video, save_video
 
     if isinstance(value, str):
         safe_io.write_text(path, value)
     elif isinstance(value, Audio):
         save_audio(path, value)
+    elif isinstance(value, Video):
+        save_video(path, value)
     else:
         save_picture(value, path)
 
@@ -267,9 +308,9 @@ def lost_sound(raw: Audio, decoded: Audio, waveform: bool) -> dict[str, Any]:
     return figures
 
 
-def check_transcript(transcript: str, kind: Kind) -> list[str]:
+def check_transcript(transcript: str, *kinds: Kind) -> list[str]:
     """Its words. Raises `ValueError` before the work: not a sound, no words, words that no grammar has, or no recogniser."""
-    if kind != "sound":
+    if "sound" not in kinds:
         raise ValueError("--transcript is of what is said in a sound; leave it out for other files")
     words = re.findall(r"[^\W_]+", transcript.lower())
     if not words:
