@@ -598,6 +598,9 @@ def test_edits_that_can_not_be(tmp_path: Path) -> None:
         speaker("seven", edit=Edit(clip, 0.1, 0.101))
     with pytest.raises(ValueError, match="got 1 of `edit` for 2 texts"):
         speaker(["seven", "one"], edit=[Edit(clip, 0.1, 0.2)])
+    for wrong, kind in (((clip, 0.1, 0.2), "Audio"), (["clip.wav"], "str"), ({"start": 0.1}, "dict")):
+        with pytest.raises(ValueError, match=rf"got a {kind} for an edit; give Edit\(clip, start, end\)"):
+            speaker("seven", edit=wrong)  # type: ignore[arg-type]
 
 
 # --- the best of several --------------------------------------------------------------------------------------------

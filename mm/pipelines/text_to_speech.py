@@ -81,7 +81,7 @@ class TextToSpeechPipeline(Pipeline):
         texts = several(text, (str, NoneType), "a text; give a string, None")
         num_audios = check_count("num_audios", num_audios, len(texts))
         best_of = check_count("best_of", best_of, len(texts) * num_audios)
-        edits = _spread("edit", edit, len(texts), (Edit, NoneType))
+        edits = _edits(edit, len(texts))
         if best_of > 1 and score is None and None in edits:
             raise ValueError(
                 "best_of needs a score(audio, text) that tells which candidate is best; only edits do without"
@@ -130,7 +130,7 @@ class TextToSpeechPipeline(Pipeline):
             if id(one) not in clips:
                 clips[id(one)] = self.encode_voice(one)
         out = []
-        for text, one, seconds, change in zip(texts, voices, durations, edit or [None] * count, strict=True):
+        for text, one, seconds, change in zip(texts, voices, durations, _edits(edit, count), strict=True):
             beginning = clips[id(one)]
             if text is None and one is not None:
                 raise ValueError("got a voice without a text; give a text, or neither (any speech)")
@@ -352,6 +352,13 @@ class TextToSpeechPipeline(Pipeline):
 
     def _wrap(self, content: Tensor) -> Encoded:
         return self.wrap(self.speech, content, (len(content),))
+
+
+def _edits(edit: Any, count: int) -> list[Edit | None]:
+    for one in edit if isinstance(edit, Sequence) else [edit]:
+        if not isinstance(one, Edit | None):
+            raise ValueError(f"got a {type(one).__name__} for an edit; give Edit(clip, start, end), or a list of them")
+    return _spread("edit", edit, count, (Edit, NoneType))
 
 
 def _spread(name: str, value: Any, count: int, one: tuple[type, ...]) -> list[Any]:
