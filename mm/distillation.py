@@ -184,10 +184,15 @@ class Distillation(ModelTraining):
         frozen = load_pretrained(teacher).requires_grad_(False)
         own: Any = frozen.modalities[frozen.vocabulary.index[self.modality]].order
         chosen = next(m for m in self.model.modalities if m.name == self.modality)
-        for name in ("process", "block", "along"):
+        for name in ("process", "block", "frames", "along"):
             theirs, mine = getattr(own, name, None), getattr(chosen.order, name, None)
             if theirs != mine:
                 raise ValueError(f"the teacher was trained with {name} {theirs}, here it is {mine}; use the teacher's")
+        if getattr(chosen.order, "augment", 0.0):
+            raise ValueError(
+                f"{self.modality} has augment {chosen.order.augment}, but a student learns from blocks that follow what is "  # type: ignore[attr-defined]
+                "without noise; set augment and augment_sampling to 0"
+            )
         self.plan: Plan = own.sampler.plan(own.process, teacher_steps)
         if self.plan.draws > 1:
             raise ValueError(

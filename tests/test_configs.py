@@ -11,10 +11,10 @@ from mm.commands.train import SHIPPED, main
 
 OTHER_DATA = {
     "ardit", "ardit_distilled", "asr", "asr_ctc_prompt", "ella_v", "lcm", "lcm_regression", "lslm", "mega_tts", "musicgen",
-    "vall_e",
+    "vall_e", "vid_gpt", "video_vq",
 }  # fmt: skip
 """Systems of other data than pictures with captions, which debug.yaml has; their own tests train them (test_concepts,
-test_ardit, test_dialogues, test_mega_tts, test_speech_ctc, test_speech_codes)."""
+test_ardit, test_dialogues, test_mega_tts, test_speech_ctc, test_speech_codes, test_vid_gpt, test_video_tokenizers)."""
 SYSTEMS = sorted({path.stem for path in (SHIPPED / "systems").glob("*.yaml")} - OTHER_DATA)
 PALETTE = [
     "--model.init_args.modalities.tokenizer=mm.testing.Palette",

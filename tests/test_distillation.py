@@ -484,6 +484,7 @@ def test_what_cannot_work_is_refused(teacher: Path, tmp_path: Path) -> None:
         ({"modalities": modalities(process={"shift": 2.0})}, "trained with process"),
         ({"modalities": modalities(block=2)}, "trained with block 1, here it is 2"),
         ({"modalities": modalities(along=True)}, "trained with along False"),
+        ({"modalities": modalities(augment=0.1)}, "follow what is without noise"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             distillation(teacher, **settings)
