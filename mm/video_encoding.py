@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from mm import safe_io, sheet
+from mm import safe_io
 from mm.video_files import Frame, require_av
 
 if TYPE_CHECKING:
@@ -115,6 +115,8 @@ def _encode(path: Path, frames: Frames, fps: float, scale: int, ending: str) -> 
 
 def _sheet(frames: Frames, scale: int) -> Image.Image:
     from PIL import Image
+
+    from mm import sheet
 
     columns = len(frames) if len(frames) <= 16 else math.ceil(math.sqrt(len(frames)))
     return sheet.grid([Image.fromarray(frame) for frame in frames], columns, scale=scale)
