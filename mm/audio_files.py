@@ -21,6 +21,8 @@ from typing import IO, Any, cast
 
 import numpy as np
 
+from mm.video_boxes import SOUND, check_mp4
+
 Samples = np.ndarray[Any, np.dtype[np.float32]]
 FileSource = str | os.PathLike[str] | bytes | IO[bytes]
 """A path, the bytes of a file, or an open binary file."""
@@ -69,6 +71,9 @@ def decode_blocks(source: FileSource, max_seconds: float, max_bytes: int) -> Ite
             yield from _through_sndfile(file, name, max_seconds)
 
 
+PACKETS, DAY = 400, 86_400
+"""Packets a second that an MP4 may have (the shortest of any codec in use have 2.5 ms), and seconds in all: FFmpeg makes room
+for as many as the file claims."""
 FFMPEG = {"m4a": "mov", "webm": "matroska", "aac": "aac"}
 """Kind of file → FFmpeg's name of its reader; the others are libsndfile's."""
 
@@ -200,9 +205,10 @@ def _through_ffmpeg(file: IO[bytes], name: str, max_seconds: float, reader: str)
         raise ValueError(
             f"{name} is of a kind that needs FFmpeg; pip install 'mm[video]', or save it as WAV, FLAC, Ogg or MP3"
         ) from error
+    seen: Any = check_mp4(file, name, int(min(max_seconds, DAY) * PACKETS), wanted=SOUND) if reader == "mov" else file
     try:
         # One reader and no protocol: a container must not make FFmpeg open other files or addresses.
-        container: Any = av.open(file, format=reader, options={"protocol_whitelist": "none"}, metadata_errors="ignore")
+        container: Any = av.open(seen, format=reader, options={"protocol_whitelist": "none"}, metadata_errors="ignore")
     except Exception as error:
         raise ValueError(f"{name} is damaged or not a sound: {_short(error)}") from error
     with container:

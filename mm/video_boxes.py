@@ -50,14 +50,34 @@ class Hidden:
         return data
 
 
-def check_mp4(file: IO[bytes], name: str, max_samples: int, check_frame: Callable[[int, int], None]) -> Hidden:
-    """The file as FFmpeg may see it: with its tracks of pictures alone. `check_frame` is called with their widths and heights.
+class Wanted(NamedTuple):
+    """The tracks that are read."""
+
+    handler: bytes
+    name: str
+    samples: str
+    """What its samples are called."""
+
+
+PICTURES = Wanted(b"vide", "video", "frames")
+SOUND = Wanted(b"soun", "sound", "packets")
+
+
+def check_mp4(
+    file: IO[bytes],
+    name: str,
+    max_samples: int,
+    check_frame: Callable[[int, int], None] = lambda width, height: None,
+    wanted: Wanted = PICTURES,
+) -> Hidden:
+    """The file as FFmpeg may see it: with its tracks of pictures (or of sound) alone. `check_frame` is called with the widths
+    and heights of pictures.
 
     Raises:
-        ValueError: damaged, truncated, without a track of pictures, or one with more samples than `max_samples`.
+        ValueError: damaged, truncated, without such a track, or one with more samples than `max_samples`.
     """
     length = file.seek(0, os.SEEK_END)
-    boxes = _Walk(file, name, length, check_frame)
+    boxes = _Walk(file, name, length, check_frame, wanted)
     try:
         boxes.walk(0, length, ())
     except (ValueError, IndexError, OverflowError) as error:
@@ -65,23 +85,29 @@ def check_mp4(file: IO[bytes], name: str, max_samples: int, check_frame: Callabl
             raise
         raise ValueError(f"{name} is damaged: its boxes don't fit into each other (mp4)") from error
     if not boxes.tracks:
-        raise ValueError(f"{name} is damaged or not a video: it has no list of tracks (mp4)")
+        raise ValueError(f"{name} is damaged or not a {wanted.name}: it has no list of tracks (mp4)")
     if not boxes.seen:
-        raise ValueError(f"{name} has no video track")
+        raise ValueError(f"{name} has no {wanted.name} track")
     if boxes.most > max_samples:
         raise ValueError(
-            f"{name} has {boxes.most:,} frames, but at most {max_samples:,} are decoded; cut it into parts"
+            f"{name} has {boxes.most:,} {wanted.samples}, but at most {max_samples:,} are decoded; cut it into parts"
         )
     file.seek(0)
     return Hidden(file, boxes.others)
 
 
 class _Walk:
-    def __init__(self, file: IO[bytes], name: str, length: int, check_frame: Callable[[int, int], None]) -> None:
-        self.file, self.name, self.length, self.check_frame = file, name, length, check_frame
+    def __init__(
+        self, file: IO[bytes], name: str, length: int, check_frame: Callable[[int, int], None], wanted: Wanted
+    ) -> None:
+        self.file, self.name, self.length, self.check_frame, self.wanted = file, name, length, check_frame, wanted
         self.boxes = self.tracks = self.seen = 0
         self.most = self.runs = 0
-        """Most samples that a table of pictures claims, and those of fragments so far."""
+        """Most samples that a table of a wanted track claims, and those of fragments so far."""
+        self.sizes = self.chunks = self.a_chunk = 0
+        """Samples by the table of sizes, chunks, and most samples of a chunk, of the open track."""
+        self.uncompressed = False
+        """Every sample of the open track lasts 1: FFmpeg then takes 1,024 of a chunk for one."""
         self.others: list[int] = []
         """Where the names of tracks of other kinds stand."""
 
@@ -91,14 +117,19 @@ class _Walk:
                 raise ValueError(f"{self.name} has a compressed or referring header, which isn't read; save it anew")
             if box.kind == b"trak":
                 self.tracks += 1
-                if self._handler(box) != b"vide":
+                if self._handler(box) != self.wanted.handler:
                     self.others.append(box.start + 4)
                     continue
                 self.seen += 1
+                self.sizes = self.chunks = self.a_chunk = 0
+                self.uncompressed = False
             if box.kind in CONTAINERS:
                 if len(path) > len(CONTAINERS):
                     raise ValueError("boxes are nested too deeply")
                 self.walk(box.body, box.end, (*path, box.kind))
+                if box.kind == b"trak":
+                    packets = self.chunks * max(1, self.a_chunk // 1024)
+                    self.most = max(self.most, packets if self.uncompressed else self.sizes)
             elif path:
                 self._table(box)
 
@@ -133,7 +164,8 @@ class _Walk:
 
     def _table(self, box: Box) -> None:
         room = box.end - box.body
-        if box.kind == b"stsd":  # of its first entry: 16 bytes of headers, 24 of other things, width and height
+        if box.kind == b"stsd" and self.wanted is PICTURES:
+            # of its first entry: 16 bytes of headers, 24 of other things, width and height
             sides = self._read(box.body + 40, 4) if room >= 44 else bytes(4)
             if all(width_height := (int.from_bytes(sides[:2], "big"), int.from_bytes(sides[2:], "big"))):
                 self.check_frame(*width_height)
@@ -141,9 +173,9 @@ class _Walk:
             size, count = (int(n) for n in np.frombuffer(self._read(box.body + 4, 8), ">u4"))
             if not size and 12 + 4 * count > room:
                 raise ValueError("a table is longer than its box")
-            self.most = max(self.most, count)
+            self.sizes = max(self.sizes, count)
         elif box.kind == b"stz2":
-            self.most = max(self.most, int.from_bytes(self._read(box.body + 8, 4), "big"))
+            self.sizes = max(self.sizes, int.from_bytes(self._read(box.body + 8, 4), "big"))
         elif box.kind == b"trun":
             self.runs += int.from_bytes(self._read(box.body + 4, 4), "big")
             self.most = max(self.most, self.runs)
@@ -153,7 +185,13 @@ class _Walk:
                 raise ValueError("a table is longer than its box, or than any that is read")
             if box.kind in (b"stts", b"ctts") and count:
                 table = np.frombuffer(self._read(box.body + 8, 8 * count), ">u4")
-                self.most = max(self.most, int(table[::2].sum(dtype=np.uint64)))
+                self.sizes = max(self.sizes, int(table[::2].sum(dtype=np.uint64)))
+                if box.kind == b"stts" and self.wanted is SOUND:
+                    self.uncompressed = count == 1 and int(table[1]) == 1
+            elif box.kind == b"stsc" and count:
+                self.a_chunk = int(np.frombuffer(self._read(box.body + 8, 12 * count), ">u4")[1::3].max())
+            elif box.kind in (b"stco", b"co64"):
+                self.chunks = max(self.chunks, count)
 
     def _read(self, place: int, size: int) -> bytes:
         self.file.seek(place)

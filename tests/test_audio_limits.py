@@ -154,3 +154,25 @@ def test_a_length_that_is_no_encoders_padding_is_not_believed() -> None:
     assert struct.unpack(">I", data[at : at + 4]) == (17_024,)
     data[at : at + 4] = struct.pack(">I", 10)
     assert len(load_audio(bytes(data)).samples) >= 16_000
+
+
+def box(data: bytearray, name: bytes, word: int) -> slice:
+    """A 32-bit word of a box of an MP4, counted from behind its name."""
+    start = data.index(name) + 4 + 4 * word
+    return slice(start, start + 4)
+
+
+def test_a_table_that_claims_much_is_refused() -> None:
+    """FFmpeg would make room for all of it."""
+    data = bytearray(m4a(0.5 * np.sin(np.arange(16_000) / 10), 16_000))
+    data[box(data, b"stsz", 1)], data[box(data, b"stsz", 2)] = struct.pack(">I", 7), struct.pack(">I", 1 << 31)
+    with pytest.raises(ValueError, match=r"2,147,483,648 packets, but at most 240,000 are decoded; cut it into parts"):
+        load_audio(bytes(data))
+
+
+def test_pictures_beside_the_sound_are_not_opened() -> None:
+    """The cover of a song is a track of its own."""
+    data = bytearray(m4a(0.5 * np.sin(np.arange(16_000) / 10), 16_000))
+    data[box(data, b"hdlr", 2)] = b"vide"
+    with pytest.raises(ValueError, match="has no sound track"):
+        load_audio(bytes(data))
