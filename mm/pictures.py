@@ -27,15 +27,20 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def fit_square(image: Image.Image, size: int) -> Image.Image:
     """RGB of `size`×`size`: scaled so that the longer side fits, centred on white. Raises as `to_rgb`."""
+    return fit(image, size, size)
+
+
+def fit(image: Image.Image, height: int, width: int) -> Image.Image:
+    """RGB of this size: scaled so that all of it fits, centred on white. Raises as `to_rgb`."""
     rgb = to_rgb(image)
-    scale = size / max(rgb.size)
-    width, height = max(1, round(rgb.width * scale)), max(1, round(rgb.height * scale))
-    if (width, height) != rgb.size:
-        rgb = rgb.resize((width, height), Image.Resampling.BICUBIC)
-    if (width, height) == (size, size):
+    scale = min(height / rgb.height, width / rgb.width)
+    inner = max(1, round(rgb.width * scale)), max(1, round(rgb.height * scale))
+    if inner != rgb.size:
+        rgb = rgb.resize(inner, Image.Resampling.BICUBIC)
+    if inner == (width, height):
         return rgb
-    canvas = Image.new("RGB", (size, size), (255, 255, 255))
-    canvas.paste(rgb, ((size - width) // 2, (size - height) // 2))
+    canvas = Image.new("RGB", (width, height), (255, 255, 255))
+    canvas.paste(rgb, ((width - inner[0]) // 2, (height - inner[1]) // 2))
     return canvas
 
 

@@ -56,6 +56,7 @@ def test_base_and_modalities_make_a_run(capsys: pytest.CaptureFixture[str]) -> N
 def test_tokenizer_configurations_parse(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     own = {
         "concepts": "mm.concepts_training.ConceptTraining",
+        "jpeg_bytes": "mm.training_bytes.ByteTraining",
         "speech_ctc": "mm.training_ctc.SpeechEncoderTraining",
         "speech_codec": "mm.training_speech.SpeechTokenizerModule",
         "speech_prosody": "mm.training_voices.ProsodyTraining",
