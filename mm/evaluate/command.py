@@ -17,7 +17,7 @@ SAMPLING: dict[str, type] = {
     "guidance": float, "temperature": float, "top_p": float, "top_k": int, "steps": int, "denoising_steps": int,
 }  # fmt: skip
 """Fields of `mm.interfaces.Sampling` that have an option."""
-FAMILIES = ("tokenizer", "digits", "emoji", "speaking", "pace", "editing", "hearing", "listening", "video")
+FAMILIES = ("tokenizer", "digits", "emoji", "speaking", "pace", "editing", "hearing", "listening", "video", "bytes")
 """As in `mm.evaluate.run`, which takes seconds to import."""
 EPILOG = """\
 data is KIND:PATH[,PATH ...]:

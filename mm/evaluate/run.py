@@ -10,6 +10,7 @@ from typing import Any
 
 from mm.data.example import Source
 from mm.data.moving import MovingSource
+from mm.evaluate.bytes import KINDS, evaluate_bytes
 from mm.evaluate.digits import evaluate_digits
 from mm.evaluate.emoji import evaluate_emoji
 from mm.evaluate.gallery import Gallery, load_gallery
@@ -23,7 +24,7 @@ from mm.evaluate.tokenizer import evaluate_tokenizer
 from mm.evaluate.video import MOVING, VideoSubject, evaluate_video
 from mm.interfaces import ModalityTokenizer
 
-FAMILIES = ("tokenizer", "digits", "emoji", "speaking", "pace", "editing", "hearing", "listening", "video")
+FAMILIES = ("tokenizer", "digits", "emoji", "speaking", "pace", "editing", "hearing", "listening", "video", "bytes")
 SHOWN = 40
 """Pictures on a contact sheet: the first ones, not the best."""
 
@@ -141,10 +142,13 @@ def _evaluate_pictures(
         outcomes.append(evaluate_digits(subject, galleries["digits"], protocol, judges, say))
     if "emoji" in only and "emoji" in galleries:
         outcomes.append(evaluate_emoji(subject, galleries["emoji"], protocol, judges, missing, say))
+    if "bytes" in only and KINDS & set(galleries) and (subject.tokenizer.spec.is_free or set(only) != set(FAMILIES)):
+        # of models without files only where it is asked for, to stand beside one with
+        outcomes += evaluate_bytes(subject, galleries, protocol, judges, say)
     for outcome in outcomes:
         figures += outcome.figures
         if folder is not None:
-            write_sheet(outcome, folder / f"{outcome.figures[0].family}.png")
+            write_sheet(outcome, folder / f"{outcome.name or outcome.figures[0].family}.png")
     if outcomes:
         say("generation: seconds")
         figures += evaluate_generation(subject, outcomes, protocol)

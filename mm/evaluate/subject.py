@@ -56,6 +56,8 @@ class Outcome:
     shown: Drawn
     drawn: list[Drawn]
     written: list[Written]
+    name: str = ""
+    """Of the contact sheet; by default the family of the figures."""
 
 
 class Subject:
