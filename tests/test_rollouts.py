@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mm.attention import visible
-from mm.backbone import Backbone, Block, apply_rotary
-from mm.cache import Chunk, KVCache
+from mm.backbone import Backbone, BackboneConfig, Block, apply_rotary
+from mm.cache import Chunk, Forgotten, KVCache
 from mm.generation import Engine, Event, Request, assemble
 from mm.heads.regression import RegressionHead
 from mm.interfaces import Encoded, Sampling
@@ -292,3 +292,28 @@ def test_windows_that_cannot_work_are_refused() -> None:
         Engine(model(window=4)).generate([replace(ask(2), items=[("image", (20, 3, 2))])])
     with pytest.raises(ValueError, match="does not fit"):
         Engine(model(window=4)).generate([replace(ask(2), items=[("image", ())])])
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_keys_that_move_are_as_if_they_had_always_stood_there(dtype: torch.dtype, error: float) -> None:
+    """Also after as many moves as a key can see: each turns by the way that is left."""
+    config = BackboneConfig(width=24, layers=2, heads=4, kv_heads=2, head_dim=6)
+    rotary = Backbone(config).rotary
+    cache = KVCache(config, 3, 20, "cpu", dtype)
+    place = torch.arange(20.0)[:, None].repeat(1, 3)
+    keys, values = (torch.randn(config.layers, 3, 20, 2, 6) for _ in range(2))
+    rope = rotary(place, torch.float32)
+    cache.keys.copy_(torch.stack([torch.stack([apply_rotary(row, rope) for row in layer]) for layer in keys]))
+    cache.values.copy_(values)
+    cache.commit([Chunk(row, range(18)) for row in range(3)])
+    before = cache.keys.clone(), cache.values.clone()
+    for _ in range(6):  # 3 stay for good, of the others the oldest 2 leave each time
+        cache.forget(1, Forgotten(3, 2, (-2.0, 0.0, -1.0)), rotary)
+    assert cache.lengths == [18, 6, 18] and cache.order[1, :6].tolist() == [0, 1, 2, 15, 16, 17]
+    moved = place + torch.tensor([-12.0, 0.0, -6.0])
+    for layer in range(config.layers):
+        wanted = apply_rotary(keys[layer, 1], rotary(moved, torch.float32))[15:18]
+        assert float((cache.keys[layer, 1, 3:6].float() - wanted).abs().max()) < error * float(wanted.abs().max())
+    assert torch.equal(cache.values[:, 1, 3:6], before[1][:, 1, 15:18])
+    for now, then in zip((cache.keys, cache.values), before, strict=True):
+        assert torch.equal(now[:, [0, 2]], then[:, [0, 2]]) and torch.equal(now[:, 1, :3], then[:, 1, :3])
