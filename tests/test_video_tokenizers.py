@@ -404,3 +404,57 @@ def test_saved_frames_are_whole_or_refused(tmp_path: Path) -> None:
         file.write_text(json.dumps({**config, "config": {**config["config"], **changes}}))
         with pytest.raises(ValueError, match=message):
             VideoFrames.from_directory(tmp_path / "saved")
+
+
+# ---- the systems -----------------------------------------------------------------------------------------------------
+
+SMALL = """
+trainer: {accelerator: cpu, max_steps: 2, val_check_interval: 2, limit_val_batches: 1, log_every_n_steps: 1}
+data:
+  init_args:
+"""
+TOKENIZER = """
+    train: {class_path: mm.data.moving.MovingSource, init_args: {frames: 4, count: 16, split: train, digits: null}}
+    validation: {class_path: mm.data.moving.MovingSource, init_args: {frames: 4, count: 16, split: holdout, digits: null}}
+    batch_size: 4
+model:
+  init_args:
+    warm_start: 40
+    tokenizer: {init_args: {channels: 16, codebook_size: 16, code_dim: 4}}
+"""
+SYSTEM = """
+    tokens: 1024
+    cache: cache
+    train:
+      - source:
+          class_path: mm.data.moving.MovingSource
+          init_args: {count: 12, split: train, digits: null}
+        template: {class_path: mm.data.documents.TextToVideo, init_args: {drop: 0.5}}
+    validation:
+      - source:
+          class_path: mm.data.moving.MovingSource
+          init_args: {count: 12, split: holdout, digits: null}
+        template: {class_path: mm.data.documents.TextToVideo}
+model:
+  init_args:
+    backbone: {width: 32, layers: 2, heads: 2}
+    warmup_steps: 1
+    sample_prompts: []
+"""
+
+
+def test_video_vq_trains_on_codes_of_a_tokenizer_it_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import mm
+    from mm.commands.train import main
+
+    monkeypatch.chdir(tmp_path)
+    quiet = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
+    (tmp_path / "tokenizer.yaml").write_text(SMALL + TOKENIZER)
+    (tmp_path / "system.yaml").write_text(SMALL + SYSTEM)
+    assert main(["fit", "-c", "configs/tokenizers/moving_vq.yaml", "-c", "tokenizer.yaml", *quiet]) == 0
+    pictures = ImageVQ.from_directory("runs/moving_vq/tokenizer")
+    assert pictures.spec.max_grid == (4, 4)
+    assert main(["fit", "-c", "configs/systems/video_vq.yaml", "-c", "system.yaml", *quiet]) == 0
+    pipeline = mm.TextToVideoPipeline.from_pretrained("runs/video_vq/model")
+    made = pipeline("a seven moves right", seed=0)
+    assert made.videos[0].shape == (16, 32, 32, 3) and made.fps == 8.0 and made.valid == [True]
