@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
+from mm.automaton import Automaton as Automaton
 from mm.configured import Configured as Configured
 from mm.draws import Draw as Draw
 from mm.sampling import MAX_GUIDANCE as MAX_GUIDANCE
@@ -47,6 +48,11 @@ class Spec:
     """Height and width of the pictures that a list of free length stands for; empty: it stands for none, or its grid says."""
     least: int = 1
     """The fewest elements that an item of free length has, `stop` included: where fewer fit, none is opened."""
+    scales: tuple[tuple[int, ...], ...] = ()
+    """Grids that an item consists of, coarsest first, up to `max_grid`, of which each refines what those before it made up (VAR);
+    an item of fewer scales ends with another of them. Empty: an item is one grid."""
+    scale_dim: int = 0
+    """Width of the vectors that positions of such an item read (`ModalityTokenizer.scale_inputs`)."""
     spatial: bool = True
     """Whether an element stands for the place that its grid says, so that a part of the raw data is a part of the grid."""
     sample_rate: int = 0
@@ -76,11 +82,30 @@ class Spec:
                 f"a list of free length has ids, of which one is its end, and 1 or more elements; got {self.kind} with "
                 f"stop {self.stop} of {self.vocab_size} and at least {self.least}"
             )
+        if self.scales and (self.kind != "discrete" or self.scale_dim < 1 or self.scales[-1] != self.max_grid):
+            raise ValueError(f"scales are of ids, with a scale_dim, and end with max_grid; got {self}")
 
     @property
     def is_free(self) -> bool:
         """Whether an item's extent isn't announced, but ended by `stop`."""
         return not self.max_grid and self.stop >= 0
+
+    def upto(self, grid: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+        """The scales of an item that ends with this grid; empty where items have one grid."""
+        if self.scales and grid not in self.scales:
+            raise ValueError(
+                f"an item ends with one of the scales {self.scales}, got the grid {grid}; give one of them"
+            )
+        return self.scales[: self.scales.index(grid) + 1] if self.scales else ()
+
+    def count(self, grid: tuple[int, ...]) -> int:
+        """Elements of an item of this grid."""
+        return sum(math.prod(scale) for scale in self.upto(grid) or (grid,))
+
+    def item(self, content: Tensor, grid: tuple[int, ...], **facts: Any) -> Encoded:
+        """Elements of this kind as an item."""
+        facts[{"discrete": "ids", "codes": "codes", "continuous": "latents"}[self.kind]] = content
+        return Encoded(grid=grid, scales=self.upto(grid), **facts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +113,9 @@ class Encoded:
     """One item as tokens. Exactly one of `ids`, `codes`, `latents` is set; ids are local to the tokenizer (from 0)."""
 
     grid: tuple[int, ...]
-    """Extent of every axis, slowest first; `(N,)` for a list, of free length too. Its product is N."""
+    """Extent of every axis, slowest first; `(N,)` for a list, of free length too. Its product is N, if it has no `scales`."""
+    scales: tuple[tuple[int, ...], ...] = ()
+    """Grids of an item that has several, coarsest first, the last is `grid`; its elements stand grid by grid (`Spec.scales`)."""
     ids: Int[Tensor, " N"] | None = None
     codes: Int[Tensor, "N K"] | None = None
     latents: Float[Tensor, "N D"] | None = None
@@ -104,11 +131,14 @@ class Encoded:
     def __post_init__(self) -> None:
         if sum(x is not None for x in (self.ids, self.codes, self.latents)) != 1:
             raise ValueError("Encoded needs exactly one of ids, codes, latents")
-        count = math.prod(self.grid)
+        count = sum(math.prod(scale) for scale in self.scales or (self.grid,))
+        if self.scales and self.scales[-1] != self.grid:
+            raise ValueError(f"Encoded has scales {self.scales}, of which the last must be its grid {self.grid}")
         if self.ended and len(self.grid) == 1:
             count = min(count, len(self))
         if len(self.content) != count:
-            raise ValueError(f"Encoded holds {len(self.content)} elements, but its grid {self.grid} has {count}")
+            grid = f"scales {self.scales} have" if self.scales else f"grid {self.grid} has"
+            raise ValueError(f"Encoded holds {len(self.content)} elements, but its {grid} {count}")
         for name, rows in self.alongside.items():
             if rows.ndim != 2 or len(rows) != len(self.content):
                 raise ValueError(
@@ -135,20 +165,6 @@ class Decoded:
     value: Any
     valid: bool = True
     reason: str = ""
-
-
-class Automaton(abc.ABC):
-    """Which ids may come next in one item of free length while it is generated, so that what a model writes is a file."""
-
-    @abc.abstractmethod
-    def allowed(self, room: int) -> Bool[Tensor, " V"]:
-        """Ids that may come next, on the CPU, where at most `room` >= 1 more of them fit, `stop` included; at least one is True.
-        Where `room` was enough at the beginning (`Spec.least`), whatever is allowed leaves enough to end. The caller doesn't
-        change the tensor, so that it may be given out again."""
-
-    @abc.abstractmethod
-    def accept(self, token: int) -> None:
-        """This id came. Never raises: one that was not allowed (it was given) is followed by the best there is."""
 
 
 class ModalityTokenizer(Configured, abc.ABC):
@@ -180,6 +196,12 @@ class ModalityTokenizer(Configured, abc.ABC):
             f"{type(self).__name__} can't tell which of its ids hold a part of a picture, so that no part can be kept; leave "
             "image and mask out"
         )
+
+    def scale_inputs(self, ids: Int[Tensor, " n"], *, own: bool = False) -> Float[Tensor, "m D"]:
+        """Of a tokenizer with `Spec.scales`: what positions read, on the CPU, where `ids` are of the first scales. For these and
+        for the next scale: what those before it made up, as coarse as it is (zeros at the first). `own`: for these alone,
+        each with its own ids in it."""
+        raise ValueError(f"{type(self).__name__} has no scales; give its modality the raster order")
 
     def embedding(self, width: int) -> nn.Module:
         """How the backbone reads vectors: a new module (…, D) → (…, width), trained with the model. A linear map, unless the
@@ -236,6 +258,10 @@ class Order(Configured, abc.ABC):
     """Whether its items may end before the extent they announced (`Spec.stop`)."""
     free: bool = False
     """Whether it makes lists of free length (`Spec.is_free`)."""
+    scaled: bool = False
+    """Whether it makes items of several scales (`Spec.scales`)."""
+    vectors: Mapping[str, int] = {}
+    """Name → width of what it injects (`Layout.inject`) as vectors for a linear map, not as facts."""
 
     def check(self, spec: Spec) -> None:
         """Raises `ValueError` for a tokenizer whose tokens this order can't lay out."""
@@ -244,6 +270,13 @@ class Order(Configured, abc.ABC):
                 f"{type(self).__name__} must know an item's extent beforehand, but this tokenizer makes lists of free length; "
                 "use the raster order"
             )
+        if spec.scales and not self.scaled:
+            raise ValueError(
+                f"{type(self).__name__} makes items of one grid, this tokenizer's have several; use scales"
+            )
+
+    def attach(self, tokenizer: ModalityTokenizer) -> None:  # noqa: B027 - optional
+        """Whose tokens it lays out: told once, before anything else, for orders that ask the tokenizer what positions read."""
 
     def places(self, count: int, spec: Spec) -> int:
         """Clean positions that an item of `count` elements takes, where some leave the cache meanwhile: at any one time."""
@@ -316,7 +349,7 @@ class Proposal:
 
     autoregressive: bool
     """True: the row's last hidden state predicts the one next element, which is then fed and kept in the cache.
-    False: the positions of `layout` are fed (not kept), and those with target >= 0 are sampled, in stream order."""
+    False: the positions of `layout` are fed, and those with target >= 0 are sampled, in stream order."""
     done: float
     """Fraction of the item that is generated, for guidance schedules; of a list of free length, fraction of its room."""
     content: Tensor | None = None
@@ -324,6 +357,8 @@ class Proposal:
     layout: Layout | None = None
     given: Int[Tensor, "n K"] | None = None
     """Sub-codes at the sampled positions: given ones, −1 = none stands there, `DRAWN`; None: all are drawn."""
+    keep: bool = False
+    """The positions of `layout` stay in the cache as they were fed, and nothing else of these elements enters it (VAR)."""
     greedy: bool = False
     """The likeliest are taken, whatever the temperature (VALL-E's later stages)."""
 

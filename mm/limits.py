@@ -49,7 +49,7 @@ class Limits:
             most = self.model.context
             return spec.least, min(grid[-1], most) if isinstance(grid, range) else most
         if isinstance(grid, tuple):
-            return math.prod(grid), math.prod(grid)
+            return (spec.count(grid),) * 2
         most = math.prod(spec.max_grid)
         if grid is None:
             return 1, most
@@ -87,7 +87,8 @@ class Limits:
 
     def fits(self, name: str, room: int, rows: int | None) -> bool:
         """Whether the smallest item of this modality has its place, and rows alongside it."""
-        least = self.spec(name).least
+        spec = self.spec(name)
+        least = spec.count(spec.max_grid) if spec.scales else spec.least
         return room > self.grammar.overhead(name) + self.places(name, least) and (rows is None or rows >= least)
 
     def beside(self, items: Iterable[Item], names: Iterable[str], limit: int) -> int:

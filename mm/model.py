@@ -70,6 +70,7 @@ class MultimodalModel(nn.Module):
         for number, modality in enumerate(self.modalities):
             spec = modality.tokenizer.spec
             modality.order.check(spec)
+            modality.order.attach(modality.tokenizer)
             modality.head.build(width=width, spec=spec, controls=0 if number else NAMED + SIZES)
             self.heads[modality.name] = modality.head
             if spec.kind == "codes":
@@ -95,12 +96,13 @@ class MultimodalModel(nn.Module):
                     f"{modality.name}: its items may end early, which {type(modality.order).__name__} doesn't know; give it "
                     "an order that does, such as delay"
                 )
-            for name, features in spec.alongside.items():
+            own: dict[str, nn.Module] = {n: Fusion(f, width, modality.fusion) for n, f in spec.alongside.items()}
+            for name, module in (own | {n: Vectors(f, width) for n, f in modality.order.vectors.items()}).items():
                 if name in self.inject:
                     raise ValueError(
                         f"{modality.name}: another modality has {name!r}, too; give each a name of its own"
                     )
-                self.inject[name] = Fusion(features, width, modality.fusion)
+                self.inject[name] = module
         for table in (self.embedding, self.mask, *self.code_embeddings.values()):
             nn.init.normal_(cast(nn.Embedding, table).weight, std=0.02)
 
@@ -258,3 +260,12 @@ class Conditions(Float32Buffers):
         angle = (values.float()[..., None] * self.frequency).flatten(1)
         features = torch.cat((angle.cos(), angle.sin()), -1).to(self.up.weight.dtype)
         return self.down(F.silu(self.up(features)))
+
+
+class Vectors(nn.Linear):
+    """Vectors that an order injects → width."""
+
+    way: Way = "early"
+
+    def forward(self, values: Float[Tensor, "n F"]) -> Float[Tensor, "n W"]:
+        return super().forward(values.to(self.weight.dtype))

@@ -44,6 +44,7 @@ def _check_item(model: MultimodalModel, name: str, grid: Grid) -> None:
         return
     if isinstance(grid, tuple):
         model.vocabulary.opening(name, modality.order.announced(grid))
+        spec.upto(grid)
         return
     axes = len(entry.max_grid)
     if not axes or (grid is not None and (axes > 1 or grid.step != 1 or not 0 < grid.start < grid.stop)):

@@ -21,7 +21,7 @@ from mm.tracks import Feed, Track
 from mm.twins import open_twins
 
 if TYPE_CHECKING:
-    from mm.generation import Request
+    from mm.generation import Grid, Request
     from mm.model import MultimodalModel
     from mm.vocabulary import Entry
 
@@ -116,15 +116,7 @@ class Row:
             self._give(item)
             item = self.forced.pop(0) if self.forced else None
         if item is not None:
-            name, grid = item
-            if isinstance(grid, tuple):
-                self._open(name)
-                self.grid, self.within = grid, None
-                told = self.limits.modality(name).order.announced(grid)
-                self._extents(self.vocabulary.opening(name, told)[1:])
-                self._begin_session()
-            else:
-                self._open_unmeasured(name, grid, self.request.stretch)
+            self._open_item(*item, self.request.stretch)
         elif not self.request.text:
             self.state = "done"
         else:
@@ -150,11 +142,17 @@ class Row:
         for twin in self.twins:
             twin.controls([self.vocabulary.begin(name)])
 
-    def _open_unmeasured(self, name: str, within: range | None, stretch: float) -> None:
-        """An item whose extents are asked for next, or that has none to be asked for."""
+    def _open_item(self, name: str, grid: Grid, stretch: float) -> None:
+        """An item of these extents, of all of its scales, or of extents that are asked for next, if it has any."""
         self._open(name)
-        self.grid, self.within, self.stretch = (), within, stretch
-        if self.limits.spec(name).is_free:
+        spec, order = self.limits.spec(name), self.limits.modality(name).order
+        if grid is None and spec.scales:
+            grid = spec.max_grid
+        self.grid, self.within = (grid, None) if isinstance(grid, tuple) else ((), grid)
+        self.stretch = stretch
+        if self.grid:
+            self._extents(self.vocabulary.opening(name, order.announced(self.grid))[1:])
+        if self.grid or spec.is_free:
             self._begin_session()
         else:
             self.state, self.head = "extent", 0
@@ -176,7 +174,7 @@ class Row:
             self.places = coordinates((self.session.most,)).tolist()
             self.automaton = modality.tokenizer.automaton() if self.request.constrained else None
         else:
-            self.alongside.check(math.prod(self.grid))
+            self.alongside.check(spec.count(self.grid))
             self.places = coordinates(self.grid).tolist()
         for track in self._tracks():
             track.enter(modality.order, self.item, self.grid)
@@ -209,11 +207,16 @@ class Row:
             content = torch.zeros(0) if told else self.session.content()
             for track in self._tracks():
                 self._feed_layout(track, content, layout)
-            self.fed += len(layout.element)
-            self.orders = max(self.orders, int(layout.order.max()) + 1)
+            self._entered(layout)
             if (left := self.session.forgets()) is not None:
                 for track in self._tracks():
                     track.forget(*left)
+
+    def _entered(self, layout: Layout) -> None:
+        """These positions of the open item are in the cache with the next pass."""
+        self.fed += len(layout.element)
+        self.orders = max(self.orders, int(layout.order.max()) + 1)
+        self.extent = max(self.extent, float(layout.position.max()) + 1.0)
 
     def _injecting(self, layout: Layout) -> Layout:
         """Positions of the open item, with what comes alongside its elements."""
@@ -229,7 +232,6 @@ class Row:
         first, layout = len(track.ids), self._injecting(layout)
         held = holdings(content, layout) if layout.reads is None else layout.reads
         places = zip(held, layout.order.tolist(), layout.position.tolist(), layout.time.tolist(), strict=True)
-        self.extent = max(self.extent, float(layout.position.max()) + 1.0)
         for token, order, place, time in places:
             track.element(self.entry, self.item, token, order, place, time)
         for name, vectors in layout.inject.items():
@@ -258,21 +260,18 @@ class Row:
         """The item is complete: keep it clean in the cache, end it, drop the twin."""
         assert self.session is not None
         modality, content = self.model.modalities[self.item], self.session.content()
-        self.twins, free = [], modality.tokenizer.spec.is_free
-        micro = getattr(modality.order, "micro", ())
-        kind = {"discrete": "ids", "codes": "codes", "continuous": "latents"}[self.entry.kind]
+        spec, self.twins = modality.tokenizer.spec, []
         assert self.alongside is not None
-        grid, rows = (len(content),) if free else self.grid, self.alongside.of(len(content))
-        ended = len(content) < math.prod(grid)
-        encoded = Encoded(grid=grid, micro=micro, ended=ended, alongside=rows, **{kind: content})
+        grid, rows = (len(content),) if spec.is_free else self.grid, self.alongside.of(len(content))
+        micro, ended = getattr(modality.order, "micro", ()), len(content) < math.prod(grid)
+        encoded = spec.item(content, grid, micro=micro, ended=ended, alongside=rows)
         self.segments.append(Segment(modality.name, encoded))
         self.passed[modality.name] = self.passed.get(modality.name, 0) + len(content)
-        orders = self.orders
         if not self.fed:
             layout = modality.order.layout(encoded, context=True, rng=self.generator)
             self._feed_layout(self.main, content, layout)
-            orders = int(layout.order.max()) + 1
-        self.main.leave(orders, self.extent)
+            self._entered(layout)
+        self.main.leave(self.orders, self.extent)
         self.main.controls([self.vocabulary.end(modality.name)])
         self.session = self.proposal = self.automaton = None
 
@@ -311,7 +310,9 @@ class Row:
         assert proposal.layout is not None and content is not None
         layout = self._injecting(proposal.layout)
         read = (layout.target >= 0).nonzero()[:, 0]
-        return [track.scratch(self.entry, self.item, content, layout, read) for track in self._tracks()]
+        if proposal.keep:
+            self._entered(layout)
+        return [t.scratch(self.entry, self.item, content, layout, read, proposal.keep) for t in self._tracks()]
 
     def sampling(self, head: int) -> Sampling:
         sampling = self._sampling(self.model.modalities[head].name)
@@ -383,7 +384,7 @@ class Row:
             self._finish()
         else:
             name = next(n for n in self.limits.openable() if self.vocabulary.begin(n) == token)
-            self._open_unmeasured(name, None, 1.0)
+            self._open_item(name, None, 1.0)
 
     def event(self) -> tuple[str, Tensor, float, int] | None:
         """(modality, content so far, fraction done, elements that are final) of what the last pass drew, once, for a progress

@@ -163,9 +163,12 @@ class Track:
         self._clear()
         return feed
 
-    def scratch(self, entry: Entry, number: int, content: Tensor, layout: Layout, read: Tensor) -> Feed:
-        """Positions of an item under way, evaluated and not kept."""
+    def scratch(
+        self, entry: Entry, number: int, content: Tensor, layout: Layout, read: Tensor, keep: bool = False
+    ) -> Feed:
+        """Positions of an item under way; unless `keep`, the cache has them for this pass only."""
         held, count = holdings(content, layout), len(layout.element)
+        self.length += count * keep
         places = torch.arange(count)
         records: Records = {("inject", name): (vectors, places) for name, vectors in layout.inject.items()}
         if entry.kind != "discrete":
@@ -183,7 +186,7 @@ class Track:
             position=(self.start + self.rate * layout.position).tolist(),
             time=layout.time,
             records=records,
-            keep=False,
+            keep=keep,
             read=read,
         )
 

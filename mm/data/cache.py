@@ -40,6 +40,8 @@ class TokenCache:
         shape = {"discrete": (), "codes": (spec.num_codes,), "continuous": (spec.dim,)}[spec.kind]
         sizes = offset.diff()
         extents = grid.prod(1).masked_fill((grid == MISSING).all(1), 0)
+        for scale in spec.scales:
+            extents[(grid == torch.tensor(scale)).all(1)] = spec.count(scale)
         if tuple(content.shape[1:]) != shape or int(offset[-1]) != len(content) or int(offset[0]) != 0:
             raise ValueError(
                 f"{what} holds tokens of shape {list(content.shape)} for offsets up to {int(offset[-1])}; "
@@ -63,11 +65,7 @@ class TokenCache:
         if grid[0] == MISSING:
             raise BrokenExample(f"item {ordinal} couldn't be encoded when the cache was built")
         part = self.content[int(self._offset[ordinal]) : int(self._offset[ordinal + 1])]
-        if self.spec.kind == "discrete":
-            return Encoded(grid=grid, ids=part.long())
-        if self.spec.kind == "codes":
-            return Encoded(grid=grid, codes=part.long())
-        return Encoded(grid=grid, latents=part.float())
+        return self.spec.item(part.float() if self.spec.kind == "continuous" else part.long(), grid)
 
 
 class CachedSource(Source):

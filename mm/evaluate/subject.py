@@ -102,12 +102,13 @@ class Subject:
 
     def _blank(self) -> Encoded:
         """Tokens of the largest picture, all zero."""
-        spec, count = self.tokenizer.spec, self.grid[0] * self.grid[1]
+        spec = self.tokenizer.spec
+        count = spec.count(self.grid)
         if spec.kind == "discrete":
-            return Encoded(grid=self.grid, ids=torch.zeros(count, dtype=torch.int64))
+            return spec.item(torch.zeros(count, dtype=torch.int64), self.grid)
         if spec.kind == "codes":
-            return Encoded(grid=self.grid, codes=torch.zeros(count, spec.num_codes, dtype=torch.int64))
-        return Encoded(grid=self.grid, latents=torch.zeros(count, spec.dim))
+            return spec.item(torch.zeros(count, spec.num_codes, dtype=torch.int64), self.grid)
+        return spec.item(torch.zeros(count, spec.dim), self.grid)
 
     def fingerprint(self) -> str:
         return fingerprint(self.model)

@@ -248,9 +248,7 @@ class Pipeline:
 
     def wrap(self, name: str, content: Tensor, grid: tuple[int, ...]) -> Encoded:
         """Elements of a modality as an item."""
-        kind = {"discrete": "ids", "codes": "codes", "continuous": "latents"}[self.tokenizer(name).spec.kind]
-        values: Mapping[str, Any] = {kind: content.clone()}
-        return Encoded(grid=grid, **values)
+        return self.tokenizer(name).spec.item(content.clone(), grid)
 
     def decode_items(self, name: str, items: Sequence[Encoded]) -> list[Any]:
         """Raw data of generated items of one modality."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from types import NoneType
 from typing import Unpack
@@ -120,12 +119,12 @@ class TextToImagePipeline(Pipeline):
     def preview(self, content: Tensor, grid: tuple[int, ...] | None = None) -> Image.Image:
         """A picture of what an event of the callback holds: elements that aren't generated yet are 0, and of a file that isn't
         complete it shows what there is."""
-        grid = grid or self._grid or (len(content),)
-        whole = torch.zeros((math.prod(grid), *content.shape[1:]), dtype=content.dtype)
+        grid, spec = grid or self._grid or (len(content),), self.tokenizer(self.picture).spec
+        if spec.scales:  # as fine as it has come
+            grid = max((scale for scale in spec.scales if spec.count(scale) <= len(content)), default=spec.scales[0])
+        whole = torch.zeros((spec.count(grid), *content.shape[1:]), dtype=content.dtype)
         whole[: len(content)] = content[: len(whole)]
-        if content.is_floating_point():
-            return self.decode([Encoded(grid=grid, latents=whole)])[0]
-        return self.decode([Encoded(grid=grid, ids=whole)])[0]
+        return self.decode([spec.item(whole, grid)])[0]
 
     def known(self, image: Picture, mask: Picture) -> tuple[Tensor, Bool[Tensor, " N"]]:
         """Tokens of a picture and which of them are kept: those under which no pixel of the mask is bright.
