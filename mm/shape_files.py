@@ -1,0 +1,329 @@
+"""Meshes from strangers, and meshes written: OBJ, STL, PLY, GLB and OFF.
+
+Only geometry is read. What a file claims is held against its length before memory is taken for it, and nothing that it names is
+followed: no material, no texture, no other file. What can't be used is dropped and counted, or refused in one sentence.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from mm import glb, safe_io
+
+if TYPE_CHECKING:  # imported where it is used, so that `import mm` stays fast
+    from trimesh import Scene, Trimesh
+
+MAX_FACES = 1_000_000
+"""Most triangles of a mesh, by default."""
+MAX_BYTES = 1 << 26
+"""Largest file that is read, by default (64 MiB)."""
+MAX_COORDINATE = 1e12
+"""Vertices farther out are taken for damage, as NaN is."""
+MAX_TOKEN = 64
+"""Longest number in a text."""
+EXTENSIONS = frozenset(("obj", "stl", "ply", "glb", "off"))
+"""File name endings (lower case, no dot) that are read and written."""
+PLY_SIZES = {
+    **dict.fromkeys(("char", "uchar", "int8", "uint8"), 1),
+    **dict.fromkeys(("short", "ushort", "int16", "uint16"), 2),
+    **dict.fromkeys(("int", "uint", "float", "int32", "uint32", "float32"), 4),
+    **dict.fromkeys(("double", "float64"), 8),
+}
+"""Bytes of a number."""
+
+
+@dataclass(frozen=True)
+class MeshReport:
+    """What a mesh is like; `mesh.metadata["report"]` of one that was loaded."""
+
+    faces: int
+    vertices: int
+    dropped: int
+    """Faces that had no area, or a vertex that is no number or far out."""
+    watertight: bool
+    """Each edge has two faces."""
+    consistent: bool
+    """Neighbouring faces agree on which side is outside."""
+
+    def __str__(self) -> str:
+        parts = [f"{self.faces:,} faces"]
+        if not self.watertight:
+            parts.append("not closed: its inside is what most directions agree on")
+        elif not self.consistent:
+            parts.append("its faces don't agree on which side is outside")
+        if self.dropped:
+            parts.append(f"{self.dropped:,} broken faces dropped")
+        return ", ".join(parts)
+
+
+MeshSource = str | os.PathLike[str] | bytes | IO[bytes]
+"""A path, the bytes of a file, or an open binary file; also a `trimesh.Trimesh` or a `trimesh.Scene`."""
+
+
+def load_mesh(
+    source: MeshSource | Trimesh | Scene, *, max_faces: int = MAX_FACES, max_bytes: int = MAX_BYTES
+) -> Trimesh:
+    """One mesh of all that a file shows, where its scene puts it, in the file's own coordinates; a report is in its metadata.
+
+    What the file is, its beginning says, not its name. Polygons become triangles, vertices at the very same place become one,
+    and faces without area or with a vertex that is NaN, infinite or beyond `MAX_COORDINATE` are dropped. An open mesh is taken
+    as it is (`MeshReport.watertight`).
+
+    Raises:
+        ValueError: one sentence, for a file that is missing, damaged, empty, too large, of another kind, or compressed.
+    """
+    from trimesh import Scene, Trimesh
+
+    if isinstance(source, Trimesh | Scene):
+        name, found = "the mesh", source
+        faces = len(found.faces) if isinstance(found, Trimesh) else _scene_faces(found)
+    else:
+        name, data = _read(source, max_bytes)
+        try:
+            found, faces = _parsed(data, max_faces)
+        except Exception as error:  # a parser fed with a stranger's bytes may raise anything
+            raise ValueError(f"{name} is damaged or can't be used as a mesh: {_short(error)}") from error
+    if faces > max_faces:
+        raise ValueError(
+            f"{name} has {faces:,} faces, but at most {max_faces:,} are read; simplify it or raise max_faces"
+        )
+    try:
+        mesh = found if isinstance(found, Trimesh) else found.to_mesh()
+        vertices, triangles = np.array(mesh.vertices, np.float64), np.array(mesh.faces, np.int64)
+    except Exception as error:
+        raise ValueError(f"{name} is damaged or can't be used as a mesh: {_short(error)}") from error
+    return _cleaned(vertices.reshape(-1, 3), triangles.reshape(-1, 3), name)
+
+
+def save_mesh(path: str | os.PathLike[str], mesh: Trimesh) -> None:
+    """Write a mesh, whole or not at all; the ending says as what (`EXTENSIONS`). A GLB has normals, and shows both sides of
+    faces. A mesh without faces is written as a file without faces.
+
+    Raises `ValueError` for another ending.
+    """
+    ending = Path(path).suffix.lower().lstrip(".")
+    if ending not in EXTENSIONS:
+        raise ValueError(f"meshes are written as .{', .'.join(sorted(EXTENSIONS))}, got {str(path)!r:.200}")
+    with safe_io.atomic_file(path) as temporary:
+        temporary.write_bytes(to_bytes(mesh, ending))
+
+
+def to_bytes(mesh: Trimesh, ending: str) -> bytes:
+    """The mesh as a file of one of `EXTENSIONS`."""
+    if ending == "glb":
+        return glb.written(mesh)
+    if not len(mesh.faces):
+        return {
+            "obj": b"# no faces\n",
+            "off": b"OFF\n0 0 0\n",
+            "stl": bytes(84),
+            "ply": b"ply\nformat ascii 1.0\nelement vertex 0\nproperty float x\nproperty float y\nproperty float z\n"
+            b"element face 0\nproperty list uchar int vertex_indices\nend_header\n",
+        }[ending]
+    data = mesh.export(file_type=ending)
+    return data.encode() if isinstance(data, str) else bytes(data)
+
+
+def file_kind(data: bytes) -> str:
+    """Which of `EXTENSIONS` a file is, by its content; empty for none."""
+    start = data[:1024].lstrip()
+    if data[:4] == glb.MAGIC:
+        return "glb"
+    if data[:4] in (b"ply\n", b"ply\r"):
+        return "ply"
+    if re.match(rb"(ST)?C?N?OFF\s", start):
+        return "off"
+    if len(data) >= 84 and _stl_count(data) * 50 + 84 == len(data):
+        return "stl"
+    if re.match(rb"solid\b", start) and re.search(rb"\b(facet|endsolid)\b", data[:4096]):
+        return "stl"
+    if re.search(rb"^[ \t]*v[ \t]+[-+.\d]", data, re.MULTILINE) and b"\0" not in data[:4096]:
+        return "obj"
+    return ""
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+def _read(source: MeshSource, max_bytes: int) -> tuple[str, bytes]:
+    """What to call the mesh in a message, and its bytes."""
+    if isinstance(source, bytes | bytearray | memoryview):
+        name, data = "the mesh", bytes(source[: max_bytes + 1])
+    elif isinstance(source, str | os.PathLike):
+        name = f"the mesh {str(source)!r:.400}"
+        if not os.path.isfile(source):
+            problem = "not a file" if os.path.exists(source) else "missing"
+            raise ValueError(f"{name} is {problem}; give the path of a mesh")
+        try:
+            with open(source, "rb") as file:
+                data = file.read(max_bytes + 1)
+        except OSError as error:
+            raise ValueError(f"{name} can't be read: {_short(error)}") from error
+    elif hasattr(source, "read"):
+        name, data = "the mesh", source.read(max_bytes + 1)
+        if not isinstance(data, bytes):
+            raise ValueError("the mesh comes from a file opened as text; open it in binary mode ('rb')")
+    else:
+        raise ValueError(
+            f"got a {type(source).__name__} for a mesh; give a path, bytes, a binary file, a trimesh.Trimesh or a Scene"
+        )
+    if not data:
+        raise ValueError(f"{name} is an empty file")
+    if len(data) > max_bytes:
+        raise ValueError(f"{name} is larger than {max_bytes:,} bytes; give a smaller file or raise max_bytes")
+    return name, data
+
+
+def _parsed(data: bytes, max_faces: int) -> tuple[Any, int]:
+    """What trimesh makes of a file, and how many faces it says; the file isn't parsed if these are too many."""
+    from trimesh import Trimesh, load
+
+    kind = file_kind(data)
+    if not kind:
+        raise ValueError(f"it is none of {', '.join(sorted(EXTENSIONS)).upper()}")
+    if kind == "obj":
+        vertices, faces = _obj(data, max_faces)
+        return Trimesh(vertices, faces, process=False), len(faces)
+    if kind == "glb":
+        data, count = glb.checked(data)
+    else:
+        count = {"stl": _check_stl, "ply": _check_ply, "off": _check_off}[kind](data)
+    if count > max_faces:
+        return None, count
+    found: Any = load(io.BytesIO(data), file_type=kind, process=False, skip_materials=True)
+    return found, len(found.faces) if hasattr(found, "faces") else _scene_faces(found)
+
+
+def _scene_faces(scene: Any) -> int:
+    """Of all its meshes, as often as they stand in it."""
+    sizes = {name: len(getattr(geometry, "faces", ())) for name, geometry in scene.geometry.items()}
+    return sum(sizes.get(scene.graph[node][1], 0) for node in scene.graph.nodes_geometry)
+
+
+def _obj(data: bytes, max_faces: int) -> tuple[Float[np.ndarray, "V 3"], Int[np.ndarray, "F 3"]]:
+    """Corners and faces alone: materials, groups, normals and textures are left out. Polygons become fans."""
+    vertices: list[list[bytes]] = []
+    faces: list[tuple[int, int, int]] = []
+    for line in data.replace(b"\\\r\n", b" ").replace(b"\\\n", b" ").splitlines():
+        words = line.split()
+        if not words or words[0] not in (b"v", b"f"):
+            continue
+        if words[0] == b"v":
+            if len(words) < 4 or max(map(len, words[1:4])) > MAX_TOKEN:
+                raise ValueError(f"vertex {len(vertices) + 1} has no three coordinates")
+            vertices.append(words[1:4])
+            continue
+        corners = [int(word.partition(b"/")[0][:MAX_TOKEN]) for word in words[1:]]
+        corners = [corner - 1 if corner > 0 else len(vertices) + corner for corner in corners]
+        if any(corner < 0 for corner in corners):
+            raise ValueError("a face names a vertex before the first")
+        faces.extend((corners[0], b, c) for b, c in zip(corners[1:], corners[2:], strict=False))
+        if len(faces) > max_faces:
+            break  # one too many is refused by the caller
+    if faces and max(map(max, faces)) >= len(vertices):
+        raise ValueError(f"a face names vertex {max(map(max, faces)) + 1}, but there are {len(vertices)}")
+    places = np.array([[float(word) for word in vertex] for vertex in vertices], np.float64).reshape(-1, 3)
+    return places, np.array(faces, np.int64).reshape(-1, 3)
+
+
+def _stl_count(data: bytes) -> int:
+    return int.from_bytes(data[80:84], "little")
+
+
+def _check_stl(data: bytes) -> int:
+    if len(data) >= 84 and _stl_count(data) * 50 + 84 == len(data):
+        return _stl_count(data)
+    return data.count(b"facet normal")
+
+
+def _check_ply(data: bytes) -> int:
+    """Faces by the header, whose elements must fit into the file."""
+    head, end, body = data.partition(b"end_header")
+    if not end or len(head) > 1 << 16:
+        raise ValueError("its header doesn't end")
+    form, least = "", 0
+    counts: dict[str, int] = {}
+    smallest: dict[str, int] = {}
+    for line in head.decode("ascii", "replace").splitlines():
+        words = line.split()
+        if words[:1] == ["format"]:
+            form = words[1] if len(words) > 1 else ""
+        elif words[:1] == ["element"]:
+            if len(words) != 3 or not re.fullmatch(r"\d{1,12}", words[2]) or words[1] in counts:
+                raise ValueError(f"its header has the line {line!r:.80}")
+            element = words[1]
+            counts[element], smallest[element] = int(words[2]), 0
+        elif words[:1] == ["property"]:
+            kind = words[2] if words[1:2] == ["list"] and len(words) == 5 else words[1] if len(words) == 3 else ""
+            if not counts or kind not in PLY_SIZES:
+                raise ValueError(f"its header has the line {line!r:.80}")
+            smallest[element] += PLY_SIZES[kind] if "binary" in form else 2
+    least = sum(count * max(smallest[element], 1) for element, count in counts.items())
+    if form not in ("ascii", "binary_little_endian", "binary_big_endian"):
+        raise ValueError(f"its format is {form!r:.40}")
+    if least > len(body):
+        raise ValueError(f"its header promises at least {least:,} bytes, but {len(body):,} follow")
+    if "vertex" not in counts or "face" not in counts:
+        raise ValueError("it has no vertices or no faces")
+    return counts["face"]
+
+
+def _check_off(data: bytes) -> int:
+    """Faces by the header, whose vertices and faces must fit into the file."""
+    text = re.sub(rb"#[^\n]*", b"", data[: 1 << 16])
+    found = re.match(rb"\s*OFF\s+(\d{1,12})\s+(\d{1,12})\s+\d{1,12}\s", text)
+    if not found:
+        raise ValueError("it doesn't begin with OFF and three counts")
+    vertices, faces = int(found[1]), int(found[2])
+    if 6 * (vertices + faces) > len(data):
+        raise ValueError(
+            f"its header promises {vertices:,} vertices and {faces:,} faces, more than {len(data):,} bytes hold"
+        )
+    return faces
+
+
+# --- cleaning -------------------------------------------------------------------------------------------------------
+
+
+def _cleaned(vertices: Float[np.ndarray, "V 3"], faces: Int[np.ndarray, "F 3"], name: str) -> Trimesh:
+    from trimesh import Trimesh
+
+    given = len(faces)
+    if given and (faces.min() < 0 or faces.max() >= len(vertices)):
+        raise ValueError(f"{name} is damaged: its faces name vertices that it doesn't have")
+    sound = (np.abs(vertices) <= MAX_COORDINATE).all(1)  # NaN isn't
+    faces = faces[sound[faces].all(1)]
+    used, faces = np.unique(faces, return_inverse=True)
+    places, same = np.unique(vertices[used] + 0.0, axis=0, return_inverse=True)  # -0 becomes 0
+    faces = same.reshape(-1)[faces].reshape(-1, 3)
+    corners = places[faces]
+    areas = np.linalg.norm(np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]), axis=1)
+    faces = faces[areas > 0]
+    if not len(faces):
+        reason = (
+            "no faces" if not given else f"{given:,} faces, but none has an area and three vertices that are numbers"
+        )
+        raise ValueError(f"{name} is empty: it has {reason}")
+    used, faces = np.unique(faces, return_inverse=True)
+    mesh = Trimesh(places[used], faces.reshape(-1, 3), process=False)
+    mesh.metadata["report"] = MeshReport(
+        faces=len(mesh.faces),
+        vertices=len(mesh.vertices),
+        dropped=given - len(mesh.faces),
+        watertight=bool(mesh.is_watertight),
+        consistent=bool(mesh.is_winding_consistent),
+    )
+    return mesh
+
+
+def _short(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return (text[0][:200] if text else type(error).__name__).rstrip(".")

@@ -1,0 +1,111 @@
+"""Shapes from files, meshes and grids as one kind of thing: a solid in the unit cube, known cell by cell.
+
+Axes as in glTF (`mm.voxels`): x right, y up, z towards the viewer. Letters in shapes: N cells a side.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from mm.voxels import TRUNCATION, check_size, distance_of, mesh_from_grid, normalised, sdf
+
+if TYPE_CHECKING:  # imported where it is used, so that `import mm` stays fast
+    from trimesh import Trimesh
+
+SIZE = 32
+"""Cells a side, by default."""
+
+
+@dataclass(frozen=True, eq=False)
+class Shape:
+    """A solid. Raises `ValueError` for a grid of another form."""
+
+    grid: Bool[np.ndarray, "N N N"] | Float[np.ndarray, "N N N"]
+    """bool: which cells have their centre inside; or float32: signed distance of the centre to the surface, in sides of the
+    cube and negative inside. Indexed [x, y, z]."""
+    given: Trimesh | None = None
+    """The mesh that it was made of, in the unit cube; None where the grid came first."""
+
+    def __post_init__(self) -> None:
+        grid = np.asarray(self.grid)
+        cube = grid.ndim == 3 and len(set(grid.shape)) == 1
+        if not cube or (grid.dtype != bool and grid.dtype.kind != "f"):
+            raise ValueError(
+                f"a shape is a grid [N, N, N] of bool (what is inside) or float (signed distance, negative inside), got "
+                f"{grid.dtype} {list(grid.shape)}"
+            )
+        check_size(len(grid))
+        if grid.dtype.kind == "f" and not np.isfinite(grid).all():
+            raise ValueError("a shape's distances must be finite numbers, got NaN or infinity among them")
+        object.__setattr__(self, "grid", grid if grid.dtype == bool else grid.astype(np.float32, copy=False))
+
+    @property
+    def size(self) -> int:
+        """Cells a side."""
+        return len(self.grid)
+
+    @cached_property
+    def occupancy(self) -> Bool[np.ndarray, "N N N"]:
+        return self.grid if self.grid.dtype == bool else self.grid < 0
+
+    @cached_property
+    def distance(self) -> Float[np.ndarray, "N N N"]:
+        """Signed distance, negative inside; where only the cells are known, from these, cut off at ±`TRUNCATION`."""
+        return distance_of(self.grid) if self.grid.dtype == bool else self.grid
+
+    @cached_property
+    def mesh(self) -> Trimesh:
+        """The mesh that was given, or the closed surface of the grid; an empty one for an empty grid."""
+        return self._surface[0] if self.given is None else self.given
+
+    @property
+    def valid(self) -> bool:
+        """Whether anything is inside."""
+        return bool(self.occupancy.any())
+
+    @property
+    def reason(self) -> str:
+        """Why it isn't valid; empty for one that is."""
+        return "" if self.valid else self._surface[2]
+
+    @cached_property
+    def _surface(self) -> tuple[Trimesh, bool, str]:
+        return mesh_from_grid(self.grid) if self.grid.dtype == bool else mesh_from_grid(-self.grid, 0.0)
+
+
+ShapeSource = str | os.PathLike[str] | bytes | IO[bytes] | Shape | np.ndarray[Any, Any]
+"""A path, the bytes of a file, an open binary file, a shape, a grid; and any `trimesh.Trimesh` or `trimesh.Scene`."""
+
+
+def from_mesh(mesh: Trimesh, size: int = SIZE, *, margin: float = 0.05, truncation: float = TRUNCATION) -> Shape:
+    """A mesh, brought into the cube, with its signed distances. Raises `ValueError` for one without faces or extent."""
+    mesh = normalised(mesh, margin)
+    return Shape(sdf(mesh, size, truncation), mesh)
+
+
+def as_shape(raw: ShapeSource | Any, size: int = SIZE) -> Shape:
+    """What a tokenizer of shapes is given, as a shape of its size.
+
+    Meshes and their files (`mm.shape_files.load_mesh`) are brought into the cube and measured; a shape of another size is
+    measured anew if it was made of a mesh.
+
+    Raises:
+        ValueError: for a grid of another size, a file that isn't a mesh, and whatever isn't a shape.
+    """
+    if isinstance(raw, np.ndarray):
+        raw = Shape(raw)
+    if isinstance(raw, Shape):
+        if raw.size == size:
+            return raw
+        if raw.given is None:
+            raise ValueError(f"a grid of {size}³ cells is wanted, got {raw.size}³; give its mesh, which fits any")
+        return Shape(sdf(raw.given, size), raw.given)
+    from mm.shape_files import load_mesh
+
+    return from_mesh(load_mesh(raw), size)
