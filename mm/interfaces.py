@@ -64,6 +64,8 @@ class Spec:
     frame_stride: int = 1
     """Frames of video that a step along the slowest axis stands for; the first stands for one alone: a grid (T, rows, columns) is
     1 + (T − 1)·stride frames."""
+    voxels: int = 0
+    """Cells a side of the grid that a shape (`mm.shapes.Shape`) has which elements stand for; 0: it isn't a shape."""
     alongside: Mapping[str, int] = field(default_factory=dict, hash=False)
     """Name → width of the vectors that come from elsewhere beside every element (`Encoded.alongside`)."""
     stop: int = -1

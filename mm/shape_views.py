@@ -1,7 +1,7 @@
 """Pictures of shapes, drawn here: colour and depth from any camera, views all round, turntables. No graphics card is asked.
 
-Cameras stand `DISTANCE` from the middle of the unit cube and look at it, with an angle of view of `FIELD`, so that the whole cube
-is seen. A pose is camera-to-world [4, 4]: its columns are the camera's right, up and backward, and where it stands (OpenGL: it
+Cameras stand `DISTANCE` from the middle of the unit cube and look at it, with an angle of view of `FIELD`, so that whatever has
+a margin of 0.05 in the cube (`mm.voxels.normalised`) is seen whole. A pose is camera-to-world [4, 4]: its columns are the camera's right, up and backward, and where it stands (OpenGL: it
 looks along its -z).
 
 Letters in shapes: V views, S side of a picture in pixels.
@@ -21,9 +21,9 @@ from mm.triangles import covered
 if TYPE_CHECKING:  # imported where it is used, so that `import mm` stays fast
     from trimesh import Trimesh
 
-DISTANCE = 2.2
+DISTANCE = 1.8
 """From the camera to the middle of the cube, in sides of the cube."""
-FIELD = math.radians(50)
+FIELD = math.radians(52)
 """Angle of view, from side to side."""
 NEAREST = 0.05
 """Triangles with a corner nearer to the camera are left out."""
