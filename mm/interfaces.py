@@ -95,9 +95,7 @@ class Spec:
     def upto(self, grid: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
         """The scales of an item that ends with this grid; empty where items have one grid."""
         if self.scales and grid not in self.scales:
-            raise ValueError(
-                f"an item ends with one of the scales {self.scales}, got the grid {grid}; give one of them"
-            )
+            raise ValueError(f"an item ends with one of the scales {self.scales}, got {grid}; give one of them")
         return self.scales[: self.scales.index(grid) + 1] if self.scales else ()
 
     def count(self, grid: tuple[int, ...]) -> int:
@@ -139,8 +137,7 @@ class Encoded:
         if self.ended and len(self.grid) == 1:
             count = min(count, len(self))
         if len(self.content) != count:
-            grid = f"scales {self.scales} have" if self.scales else f"grid {self.grid} has"
-            raise ValueError(f"Encoded holds {len(self.content)} elements, but its {grid} {count}")
+            raise ValueError(f"Encoded holds {len(self.content)} elements, but {self.scales or self.grid} are {count}")
         for name, rows in self.alongside.items():
             if rows.ndim != 2 or len(rows) != len(self.content):
                 raise ValueError(
