@@ -19,7 +19,7 @@ from torch import Tensor
 from mm.interfaces import Automaton
 
 State = TypeVar("State", bound=Hashable)
-MAX_KEPT = 1 << 14
+MAX_KEPT = 1 << 15
 """Answers that a grammar keeps (a byte an id, and about as much again)."""
 
 
@@ -53,9 +53,17 @@ class ByteMachine(abc.ABC, Generic[State]):
         steps = ((byte, self.step(state, byte)) for byte in range(256))
         return {byte: after for byte, after in steps if after is not None}
 
+    def allowed(self, state: State) -> int:
+        """The bytes that may come, as a number whose bit b says it of the byte b."""
+        return sum(1 << byte for byte in self.successors(state))
+
     def key(self, state: State, reach: int) -> Hashable:
         """States of one key allow the same strings of up to `reach` bytes."""
         return state
+
+    def reach(self, table: Sequence[bytes]) -> int:
+        """The longest string of the table that `key` has to tell apart."""
+        return max(map(len, table))
 
     def run(self, data: bytes, state: State | None = None) -> tuple[State, int]:
         """The last state that is reached, and how many of the bytes led to it."""
@@ -92,15 +100,14 @@ class ByteGrammar(Generic[State]):
         if stop != len(table):
             raise ValueError(f"the id that ends an item comes behind the {len(table)} of the table, got {stop}")
         self.machine, self.table, self.stop = machine, tuple(table), stop
-        self.reach = max(map(len, self.table))
+        self.reach = machine.reach(self.table)
         self.singles = {token[0]: i for i, token in enumerate(self.table) if len(token) == 1}
         if len(self.singles) < 256:
             raise ValueError(f"every byte has to be an id, got {len(self.singles)} of 256; add the others to the table")
-        self.tries: dict[int, Trie] = {}
-        """For each first byte the longer tokens that begin with it."""
+        self.root = Trie()
         for i, token in enumerate(self.table):
-            if len(token) > 1:
-                self.tries.setdefault(token[0], Trie()).add(token[1:], i)
+            if token:
+                self.root.add(token, i)
         self._kept: dict[Hashable, Bool[Tensor, " V"]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -125,9 +132,21 @@ class ByteGrammar(Generic[State]):
         mask = self._kept.get(key)
         if mask is None:
             mask = torch.zeros(self.stop + 1, dtype=torch.bool)
-            mask[[i for i, _ in self.following(state)]] = True
+            mask[list(self._open(state, self.root))] = True
             self._keep(key, mask)
         return mask
+
+    def _open(self, state: State, trie: Trie) -> Iterator[int]:
+        """Every id that may come: as `following`, but no state is made that isn't needed."""
+        bits = self.machine.allowed(state)
+        for byte, below in trie.below.items():
+            if bits >> byte & 1:
+                if below.token >= 0:
+                    yield below.token
+                if below.below:
+                    after = self.machine.step(state, byte)
+                    assert after is not None, "it may come"
+                    yield from self._open(after, below)
 
     def _fitting(self, state: State, room: int) -> Bool[Tensor, " V"]:
         need, mask = self.machine.need, torch.zeros(self.stop + 1, dtype=torch.bool)
@@ -139,8 +158,7 @@ class ByteGrammar(Generic[State]):
         """Every id that may come, and the state after it."""
         for byte, after in self.machine.successors(state).items():
             yield self.singles[byte], after
-            if byte in self.tries:
-                yield from self._along(after, self.tries[byte])
+            yield from self._along(after, self.root.below[byte])
 
     def _along(self, state: State, trie: Trie) -> Iterator[tuple[int, State]]:
         for byte, below in trie.below.items():

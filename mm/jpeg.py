@@ -13,7 +13,8 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from mm.jpeg_machine import Bits, JpegMachine
+from mm.jpeg_codes import Bits
+from mm.jpeg_machine import JpegMachine
 from mm.jpeg_tables import EOI, RST, Frame, Tables
 
 if TYPE_CHECKING:  # Pillow is imported where it is used, so that `import mm` stays fast

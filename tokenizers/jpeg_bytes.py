@@ -16,7 +16,8 @@ from PIL import Image
 from mm import jpeg, pictures, saved
 from mm.byte_files import FileTokenizer
 from mm.interfaces import Decoded, Encoded, Spec
-from mm.jpeg_machine import Bits, JpegMachine, State
+from mm.jpeg_codes import Bits
+from mm.jpeg_machine import JpegMachine, State
 from mm.jpeg_tables import MARKERS, Frame, Tables
 
 
