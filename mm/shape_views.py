@@ -1,8 +1,8 @@
 """Pictures of shapes, drawn here: colour and depth from any camera, views all round, turntables. No graphics card is asked.
 
 Cameras stand `DISTANCE` from the middle of the unit cube and look at it, with an angle of view of `FIELD`, so that whatever has
-a margin of 0.05 in the cube (`mm.voxels.normalised`) is seen whole. A pose is camera-to-world [4, 4]: its columns are the camera's right, up and backward, and where it stands
-(OpenGL: it looks along its -z).
+a margin of 0.05 in the cube (`mm.voxels.normalised`) is seen whole. A pose is camera-to-world [4, 4]: its columns are the
+camera's right, up and backward, and where it stands (OpenGL: it looks along its -z).
 
 Letters in shapes: V views, S side of a picture in pixels.
 """
