@@ -21,9 +21,14 @@ from PIL import Image
 from mm import plugins
 from mm.audio import Audio
 from mm.interfaces import Decoded, Encoded, ModalityTokenizer, Spec
-from mm.video import Video
+from mm.video import Video, has_av
 
-NAMES = plugins.available("tokenizers")
+NEEDS_AV = {"avc_bytes"}
+NAMES = [name for name in plugins.available("tokenizers") if name not in NEEDS_AV or has_av()]
+WITHOUT_AV = [
+    pytest.param(name, marks=pytest.mark.skip(reason="needs av: pip install 'mm[video]'"))
+    for name in sorted(NEEDS_AV - set(NAMES))
+]
 
 
 def _pictures() -> list[Image.Image]:
@@ -62,7 +67,7 @@ def type_of(name: str) -> type:
     return RAW[kind][1] if kind in RAW else type(raws(name)[0])
 
 
-@pytest.fixture(scope="module", params=NAMES)
+@pytest.fixture(scope="module", params=[*NAMES, *WITHOUT_AV])
 def name(request: pytest.FixtureRequest) -> str:
     return request.param
 
