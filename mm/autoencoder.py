@@ -115,6 +115,25 @@ def begin_linear(encoder: Encoder, decoder: Decoder, x: Float[Tensor, "B C H W"]
     outward.bias.copy_(centre)
 
 
+@torch.no_grad()
+def begin_principal(encoder: Encoder, decoder: Decoder, x: Float[Tensor, "B C H W"], side: int, *, even: bool) -> None:
+    """Let an encoder and its decoder begin as the best linear code of squares of side×side pixels: their principal components.
+    `even`: each scaled to unit spread; otherwise all alike, which keeps distances those of pixels."""
+    inward, outward = encoder.linear[1], decoder.linear[0]
+    assert isinstance(inward, nn.Conv2d) and isinstance(outward, nn.Conv2d)
+    assert inward.bias is not None and outward.bias is not None
+    centre, axes, spread = principal_components(x, side, outward.in_channels)
+    kept = len(axes)
+    scale = spread if even else spread[:1].expand(kept)
+    for layer in (inward, outward):
+        nn.init.zeros_(layer.weight)
+    inward.weight[:kept, :, 0, 0] = axes / scale[:, None]
+    inward.bias[:kept] = -(axes @ centre) / scale
+    inward.bias[kept:] = 0
+    outward.weight[:, :kept, 0, 0] = axes.T * scale
+    outward.bias.copy_(centre)
+
+
 BLOCKS = {"residual": ResidualBlock, "separable": SeparableBlock}
 BlockName = Literal["residual", "separable"]
 MAX_SIDE_TOKENS = 256

@@ -210,25 +210,12 @@ class Quantizer(nn.Module):
         """
         if self.name != "vq":
             return
-        x = latents.float().permute(0, 2, 3, 1).reshape(-1, self.dim)
-        x = x[torch.randperm(len(x), device=x.device)[:limit]]
-        # Plain areas repeat the same vector thousands of times: drawn as centres they would be born dead.
-        distinct = x.mul(64).round().unique(dim=0) / 64
-        centres = distinct[torch.randperm(len(distinct), device=x.device)[: self.codebook_size]]
-        short = self.codebook_size - len(centres)
-        if short:
-            extra = centres[torch.randint(len(centres), (short,), device=x.device)]
-            centres = torch.cat([centres, extra + 0.01 * torch.randn_like(extra)])
-        counts = x.new_ones(self.codebook_size)
-        for _ in range(iterations):
-            nearest = torch.cat([(centres.square().sum(1) - 2 * part @ centres.T).argmin(1) for part in x.split(8192)])
-            counts = torch.bincount(nearest, minlength=self.codebook_size).to(x)
-            sums = torch.zeros_like(centres).index_add_(0, nearest, x)
-            drawn = x[torch.randint(len(x), (self.codebook_size,), device=x.device)]
-            centres = torch.where(counts[:, None] > 0, sums / counts[:, None].clamp_min(1), drawn)
+        centres, counts = kmeans(
+            latents.float().permute(0, 2, 3, 1).reshape(-1, self.dim), self.codebook_size, iterations, limit
+        )
         codebook = cast(Any, self.codebooks()[0])
         # The averages are of counts a batch, whose size is unknown here: one a code on average is the right order.
-        size = (counts * self.codebook_size / len(x)).clamp_min(codebook.threshold_ema_dead_code)
+        size = (counts * self.codebook_size / counts.sum()).clamp_min(codebook.threshold_ema_dead_code)
         codebook.embed.copy_(centres[None])
         codebook.cluster_size.copy_(size[None])
         codebook.embed_avg.copy_((centres * size[:, None])[None])
@@ -252,3 +239,26 @@ class Quantizer(nn.Module):
             codebook.use_ddp = enabled
             codebook.sample_fn = codebook.replace_sample_fn = draw
             codebook.all_reduce_fn = codebook.kmeans_all_reduce_fn = reduce
+
+
+@torch.no_grad()
+def kmeans(
+    x: Float[Tensor, "N D"], size: int, iterations: int = 10, limit: int = 131_072
+) -> tuple[Float[Tensor, "K D"], Float[Tensor, " K"]]:
+    """Centres of `size` clusters (Lloyd 1982), from distinct vectors, at most `limit` of them, and how many each has."""
+    x = x[torch.randperm(len(x), device=x.device)[:limit]]
+    # Plain areas repeat the same vector thousands of times: drawn as centres they would be born dead.
+    distinct = x.mul(64).round().unique(dim=0) / 64
+    centres = distinct[torch.randperm(len(distinct), device=x.device)[:size]]
+    short = size - len(centres)
+    if short:
+        extra = centres[torch.randint(len(centres), (short,), device=x.device)]
+        centres = torch.cat([centres, extra + 0.01 * torch.randn_like(extra)])
+    counts = x.new_ones(size)
+    for _ in range(iterations):
+        nearest = torch.cat([(centres.square().sum(1) - 2 * part @ centres.T).argmin(1) for part in x.split(8192)])
+        counts = torch.bincount(nearest, minlength=size).to(x)
+        sums = torch.zeros_like(centres).index_add_(0, nearest, x)
+        drawn = x[torch.randint(len(x), (size,), device=x.device)]
+        centres = torch.where(counts[:, None] > 0, sums / counts[:, None].clamp_min(1), drawn)
+    return centres, counts

@@ -141,13 +141,14 @@ def test_encode(name: str, tokenizer: ModalityTokenizer) -> None:
             assert all(1 <= have <= most for have, most in zip(encoded.grid, spec.max_grid, strict=True))
         else:
             assert encoded.grid == (len(tokens),)
+        assert encoded.scales == spec.upto(encoded.grid)
         match spec.kind:
             case "discrete":
-                assert encoded.ids is not None and tokens.shape == (math.prod(encoded.grid),)
+                assert encoded.ids is not None and tokens.shape == (spec.count(encoded.grid),)
             case "codes":
-                assert encoded.codes is not None and tokens.shape == (math.prod(encoded.grid), spec.num_codes)
+                assert encoded.codes is not None and tokens.shape == (spec.count(encoded.grid), spec.num_codes)
             case "continuous":
-                assert encoded.latents is not None and tokens.shape == (math.prod(encoded.grid), spec.dim)
+                assert encoded.latents is not None and tokens.shape == (spec.count(encoded.grid), spec.dim)
                 assert tokens.dtype == torch.float32 and tokens.isfinite().all()
         if spec.kind != "continuous":
             assert tokens.dtype == torch.int64
@@ -235,6 +236,8 @@ def test_decode_is_total(name: str, tokenizer: ModalityTokenizer) -> None:
         for _ in range(2):
             item = Encoded(grid=grid, **content(spec, math.prod(grid)))
             check(tokenizer.decode(item), name)
+    for grid in spec.scales:
+        check(tokenizer.decode(spec.item(content(spec, spec.count(grid))["ids"], grid)), name)
 
 
 def test_a_legal_grid_of_random_tokens_is_valid(name: str, tokenizer: ModalityTokenizer) -> None:
@@ -244,8 +247,9 @@ def test_a_legal_grid_of_random_tokens_is_valid(name: str, tokenizer: ModalityTo
         item = tokenizer.encode("abc" if type_of(name) is str else raws(name)[0])
         assert tokenizer.decode(item).valid
         return
-    for grid in (spec.max_grid, (1,) * len(spec.max_grid)):
-        decoded = tokenizer.decode(Encoded(grid=grid, **content(spec, math.prod(grid))))
+    for grid in (spec.max_grid, spec.scales[0] if spec.scales else (1,) * len(spec.max_grid)):
+        scales = spec.upto(grid)
+        decoded = tokenizer.decode(Encoded(grid=grid, scales=scales, **content(spec, spec.count(grid))))
         assert decoded.valid == tokenizer.decodes, decoded.reason
         check(decoded, name)
 

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from mm import pictures, safe_io, saved
-from mm.autoencoder import BlockName, Decoder, Encoder, check_shape, principal_components
+from mm.autoencoder import BlockName, Decoder, Encoder, begin_principal, check_shape
 from mm.interfaces import Decoded, Encoded, Spec
 from mm.quantizers import Quantizer, QuantizerName
 from mm.tokenizers import _image_vq_settings as settings
@@ -206,20 +206,9 @@ class ImageVQ(TrainableTokenizer):
         """Begin as the best code of single squares of pixels: principal components as the linear maps of encoder and
         decoder, k-means as the codebook of `vq`. The networks begin at zero, so this is exactly what training improves.
         """
-        centre, axes, spread = principal_components(x, self.downsample, self.quantizer.dim)
-        kept = len(axes)
-        # One scale for all keeps distances those of pixels; quantisers with fixed levels need each channel filled.
-        scale = spread[:1].expand(kept) if self.quantizer.codebooks() else spread
-        inward, outward = self.encoder.linear[1], self.decoder.linear[0]
-        assert isinstance(inward, nn.Conv2d) and isinstance(outward, nn.Conv2d) and inward.bias is not None
-        for layer in (inward, outward):
-            nn.init.zeros_(layer.weight)
-        inward.weight[:kept, :, 0, 0] = axes / scale[:, None]
-        inward.bias[:kept] = -(axes @ centre) / scale
-        inward.bias[kept:] = 0
-        outward.weight[:, :kept, 0, 0] = axes.T * scale
-        assert outward.bias is not None
-        outward.bias.copy_(centre)
+        # quantisers with fixed levels need each channel filled
+        even = not self.quantizer.codebooks()
+        begin_principal(self.encoder, self.decoder, x, self.downsample, even=even)
         self.quantizer.warm_start(self.encoder.linear(x))
         self.weights_changed()
 
