@@ -20,6 +20,16 @@ PALETTE = [
     "--model.init_args.modalities.tokenizer=mm.testing.Palette",
     "--model.init_args.modalities.tokenizer.init_args.side=4",
 ]
+OWN = {
+    "var": [
+        "--model.init_args.modalities.tokenizer=mm.tokenizers.image_msvq.ImageMSVQ",
+        "--model.init_args.modalities.tokenizer.init_args.pretrained=null",
+        "--model.init_args.modalities.tokenizer.init_args.size=8",
+        "--model.init_args.modalities.tokenizer.init_args.scales=[1,2]",
+        "--model.init_args.modalities.tokenizer.init_args.codebook_size=16",
+    ]
+}
+"""Systems of pictures for which a palette won't do, and their small tokenizers."""
 UNTRAINED = {"fluid", "mar", "mmar", "nextstep", "transfusion", "vl_gpt", "orthus"}
 """Systems whose tokenizer needs no training, and is used as it is."""
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
@@ -31,7 +41,7 @@ def test_there_are_systems() -> None:
 
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_a_system_trains_and_validates_at_debug_size(system: str, here: Path) -> None:
-    tokenizer = [] if system in UNTRAINED else PALETTE
+    tokenizer = [] if system in UNTRAINED else OWN.get(system, PALETTE)
     assert main(["fit", "-c", f"configs/systems/{system}.yaml", "-c", "debug.yaml", *tokenizer, *QUIET]) == 0
     assert sorted(p.name for p in here.iterdir()) == ["data"], "a debug run leaves nothing behind"
 
