@@ -115,7 +115,7 @@ class Reader:
             reason = f"byte {count} of {len(data)} can't stand there"
         data, good = self.repaired(data)
         if all(good):
-            return Read(picture=self.pixels(data), status="repaired", reason=f"{reason}; repaired", data=data)
+            return Read(picture=self.pixels(data), status="repaired", reason=reason, data=data)
         if not any(good):
             grey = self._grey(self.frame.size[::-1])
             return Read(picture=grey, status="invalid", reason=f"{reason}; no part of it could be read", data=data)
