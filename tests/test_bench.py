@@ -39,6 +39,15 @@ def test_tokenize(capsys: pytest.CaptureFixture[str]) -> None:
     assert [name.split()[0] for name in names] == ["encode", "decode"]
 
 
+def test_scales(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = printed(capsys, "scales", "--size", "64x1")
+    passes = {row["name"]: (row["ours"], row["peer"]) for row in rows if row["unit"] == "passes"}
+    # the prompt takes one of its own; raster order draws its first id from it
+    assert passes["a picture of 85 ids, 64×1, batch 1, passes"] == (5, 85)
+    assert passes["three planes of 255 ids, 64×1, batch 8, passes"] == (5, 255)
+    assert len(rows) == 8
+
+
 def test_dense_rows_are_equal_work() -> None:
     from mm.bench.language import VOCAB, pair
     from mm.bench.train import document

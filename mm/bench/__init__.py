@@ -86,6 +86,7 @@ BENCHES = {
     "decode": "writing text: beside `transformers` `generate`, and the memory's bandwidth",
     "train": "training: beside `LlamaForCausalLM`, padded batches, `transfusion-pytorch`, and the matrix rate",
     "heads": "heads of vectors: beside MAR's own sampling, few steps beside many, and a long item",
+    "scales": "next-scale prediction beside raster order on the same tokens: passes, and time an item",
     "speech": "sub-codes beside MusicGen's decoder, a codec beside EnCodec's; how fast checkpoints speak (--model)",
     "tokenize": "pictures to tokens and back: beside a network of `diffusers`",
 }
@@ -119,7 +120,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--tokens", type=int, default=128, help="decode: new tokens a generation (%(default)s)")
     parser.add_argument(
         "--size", action="append", metavar="WIDTHxLAYERS",
-        help="decode, train, heads: size of the models (256x6 and 768x12; heads: the first)",
+        help="decode, train, heads, scales: size of the models (256x6 and 768x12; heads: the first)",
     )  # fmt: skip
     parser.add_argument("--compile", action="store_true", help="decode, train: with torch.compile too (takes minutes)")
     parser.add_argument(
