@@ -5,7 +5,10 @@ Axes as in glTF (`mm.voxels`): x right, y up, z towards the viewer. Letters in s
 
 from __future__ import annotations
 
+import io
+import math
 import os
+import zipfile
 from dataclasses import dataclass
 from functools import cached_property
 from typing import IO, TYPE_CHECKING, Any
@@ -13,13 +16,16 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Bool, Float
 
-from mm.voxels import TRUNCATION, check_size, distance_of, mesh_from_grid, normalised, sdf
+from mm import safe_io
+from mm.voxels import MAX_SIZE, TRUNCATION, check_size, distance_of, mesh_from_grid, normalised, sdf
 
 if TYPE_CHECKING:  # imported where it is used, so that `import mm` stays fast
     from trimesh import Trimesh
 
 SIZE = 32
 """Cells a side, by default."""
+MAX_NPZ = 1 << 28
+"""Largest `.npz` that is read (256 MiB)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,3 +115,52 @@ def as_shape(raw: ShapeSource | Any, size: int = SIZE) -> Shape:
     from mm.shape_files import load_mesh
 
     return from_mesh(load_mesh(raw), size)
+
+
+# --- grids as files -------------------------------------------------------------------------------------------------
+
+
+def to_npz(shape: Shape) -> bytes:
+    """The grid as an `.npz` file with the array `grid`, without loss; distances take 16 bits where these suffice. The mesh that
+    it was made of is left out."""
+    grid = shape.grid
+    if grid.dtype != bool and np.array_equal(grid.astype(np.float16), grid):
+        grid = grid.astype(np.float16)
+    file = io.BytesIO()
+    np.savez_compressed(file, grid=grid)
+    return file.getvalue()
+
+
+def load_shape(source: ShapeSource | Any, size: int = SIZE) -> Shape:
+    """As `as_shape`, and `.npz` files with an array `grid` (`to_npz`) too, whose size is their own.
+
+    Nothing is unpickled, and no more is unpacked than the largest grid takes. Raises `ValueError` as `as_shape`.
+    """
+    name, data = "the grid", source
+    if isinstance(source, str | os.PathLike) and str(source).lower().endswith(".npz"):
+        name, data = repr(str(source)), safe_io.read_bytes(source, max_bytes=MAX_NPZ)
+    if isinstance(data, bytes) and data[:4] == b"PK\x03\x04":
+        try:
+            return Shape(_grid(data))
+        except Exception as error:  # a stranger's bytes may raise anything in the unpackers
+            raise ValueError(f"{name:.400} can't be used as an .npz file with an array `grid`: {error}") from error
+    return as_shape(source, size)
+
+
+def _grid(data: bytes) -> np.ndarray[Any, Any]:
+    with zipfile.ZipFile(io.BytesIO(data)) as archive, archive.open("grid.npy") as file:
+        if np.lib.format.read_magic(file) != (1, 0):
+            raise ValueError("its array is of an unknown version")
+        shape, columns_first, dtype = np.lib.format.read_array_header_1_0(file)
+        if (
+            dtype.kind not in "bf"
+            or dtype.itemsize > 8
+            or len(shape) != 3
+            or not all(0 < own <= MAX_SIZE for own in shape)
+        ):
+            raise ValueError(f"its array is {dtype} {list(shape)}; expected three axes of at most {MAX_SIZE} cells")
+        size = math.prod(shape) * dtype.itemsize
+        values = file.read(size + 1)  # no more than that is unpacked
+        if len(values) != size:
+            raise ValueError(f"its array doesn't hold the {dtype} {list(shape)} that its header promises")
+    return np.frombuffer(values, dtype).reshape(shape, order="F" if columns_first else "C")

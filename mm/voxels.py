@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from mm.triangles import covered, signed_areas
+from mm.triangles import CHUNK, covered, signed_areas
 
 if TYPE_CHECKING:  # imported where it is used, so that `import mm` stays fast
     from trimesh import Trimesh
@@ -156,12 +156,13 @@ def _filled(mesh: Trimesh, n: int) -> Bool[np.ndarray, "N N N"]:
 
 
 def _touched(mesh: Trimesh, n: int) -> Bool[np.ndarray, "N N N"]:
-    """Cells that the surface passes: on lines through centres, and at corners, for triangles that no line meets."""
+    """Cells that the surface passes: on lines through centres, and along edges, for triangles that no line meets."""
     corners = _corners(mesh, n)
     out = np.zeros((n, n, n), bool)
-    cells = np.floor(corners.reshape(-1, 3))
-    cells = cells[((cells >= 0) & (cells < n)).all(1)].astype(np.int64)
-    out[cells[:, 0], cells[:, 1], cells[:, 2]] = True
+    for points in _on_edges(corners, n):
+        cells = np.floor(points)
+        cells = cells[((cells >= 0) & (cells < n)).all(1)].astype(np.int64)
+        out[cells[:, 0], cells[:, 1], cells[:, 2]] = True
     for axis in range(3):
         marks = np.zeros((n, n, n), bool)
         for _, column, row, depth in _along(corners, axis, n):
@@ -169,6 +170,22 @@ def _touched(mesh: Trimesh, n: int) -> Bool[np.ndarray, "N N N"]:
             marks[column[seen], row[seen], np.floor(depth[seen]).astype(np.int64)] = True
         out |= np.moveaxis(marks, 2, axis)
     return out
+
+
+def _on_edges(corners: Float[np.ndarray, "F 3 3"], n: int) -> Iterator[Float[np.ndarray, "P 3"]]:
+    """Points on the edges of triangles, half a cell apart; in parts."""
+    begin, along = corners.reshape(-1, 3), (np.roll(corners, -1, 1) - corners).reshape(-1, 3)
+    # of edges that leave the cube, as many as fit into it several times over
+    steps = np.clip(np.ceil(2 * np.linalg.norm(along, axis=1)), 1, 16 * n).astype(np.int64)
+    ends = np.cumsum(steps)
+    start = 0
+    while start < len(steps):
+        before = ends[start - 1] if start else 0
+        stop = max(int(np.searchsorted(ends, before + CHUNK, side="right")), start + 1)
+        edge = np.repeat(np.arange(start, stop), steps[start:stop])
+        step = np.arange(len(edge)) - (ends - steps)[edge] + before
+        yield begin[edge] + along[edge] * (step / steps[edge])[:, None]
+        start = stop
 
 
 def _samples(mesh: Trimesh, n: int) -> tuple[Float[np.ndarray, "P 3"], Int[np.ndarray, " P"]]:

@@ -45,7 +45,13 @@ def main(argv: list[str]) -> int:
     moving.add_argument("--motions", nargs="+", metavar="KIND", help="straight turn bounce rotate scale cross (all)")
     moving.add_argument("--things", nargs="+", metavar="KIND", help="digits shapes pictures (all there are)")
     moving.add_argument("--seed", type=int, default=0, help="the same seed makes the same (0)")
-    for name in (digits, shards, bpe, speech, moving):
+    shapes = names.add_parser("shapes", help="captioned solids and furniture, with questions and answers, made here")
+    shapes.add_argument("--count", type=int, default=1000, help="shapes (1000)")
+    shapes.add_argument("--size", type=int, default=32, help="cells a side (32)")
+    shapes.add_argument("--grid", default="sdf", help="sdf: signed distances; occupancy: which cells are inside (sdf)")
+    shapes.add_argument("--kinds", nargs="+", metavar="KIND", help="table chair mug sphere … (all)")
+    shapes.add_argument("--seed", type=int, default=0, help="the same seed makes the same (0)")
+    for name in (digits, shards, bpe, speech, moving, shapes):
         name.add_argument("--out", required=True, metavar="DIR", help="folder to write into")
     args = command.parse_args(argv)
     if args.name == "bpe":
@@ -65,8 +71,8 @@ def main(argv: list[str]) -> int:
             print(f"wrote {path}: {clips:,} clips, {made.seconds[split] / 60:.1f} minutes")
         print(f"left out: {made.unaligned} unaligned, {made.too_long} too long")
         return 0
-    if args.name == "moving":
-        paths = _moving(args)
+    if args.name in ("moving", "shapes"):
+        paths = _moving(args) if args.name == "moving" else _shapes(args)
         print(f"wrote {paths[0]}" + (f" … {paths[-1].name}" if len(paths) > 1 else ""))
         return 0
     from mm.data.convert import make_digits, to_shards
@@ -99,6 +105,15 @@ def _moving(args: argparse.Namespace) -> list[Path]:
     )
     with Bar("drawing", "clip") as bar:
         return make_moving(source, args.out, progress=bar)
+
+
+def _shapes(args: argparse.Namespace) -> list[Path]:
+    from mm.data.shape_shards import make_shapes
+    from mm.data.shapes import ShapesSource
+
+    source = ShapesSource(count=args.count, seed=args.seed, size=args.size, grid=args.grid, kinds=args.kinds)
+    with Bar("making", "shape") as bar:
+        return make_shapes(source, args.out, progress=bar)
 
 
 def open_source(path: str, caption: str | None) -> Source:

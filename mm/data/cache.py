@@ -101,6 +101,9 @@ class CachedSource(Source):
     def raw_video(self, index: int) -> bytes | Any:
         return self.source.raw_video(index)
 
+    def raw_shape(self, index: int) -> bytes | Any:
+        return self.source.raw_shape(index)
+
     def __getitem__(self, index: int) -> Example:
         example = self.source[index]
         for field, cache in self.caches.items():

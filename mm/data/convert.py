@@ -13,13 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from mm import video_files
+from mm import shape_files, video_files
 from mm.audio import Audio, to_wav
 from mm.audio_files import file_kind
 from mm.data.example import LOADED, BrokenExample, Lazy, Source, warn_skipped
 from mm.data.media import decoding_of, is_sound, is_video
 from mm.data.sources import DIGIT_NAMES, MAX_DIGIT_SIZE, DigitsSource
 from mm.safe_io import atomic_file
+from mm.shapes import Shape, to_npz
 from mm.video import Video, to_webp
 
 Progress = Callable[[int, int], None]
@@ -126,6 +127,7 @@ def _members(source: Source, index: int) -> dict[str, bytes]:
         ("image", source.raw_picture, _picture),
         ("audio", source.raw_sound, _sound),
         ("video", source.raw_video, _video),
+        ("shape", source.raw_shape, _shape),
     ):
         if field in example:
             stored = raw(index)
@@ -144,6 +146,8 @@ def _members(source: Source, index: int) -> dict[str, bytes]:
             members[name if is_sound(name) else f"{name}.wav"] = to_wav(value)
         elif isinstance(value, Video):
             members[f"{name.removesuffix('.video.webp')}.video.webp"] = to_webp(value)
+        elif isinstance(value, Shape):
+            members[f"{name.removesuffix('.shape.npz')}.shape.npz"] = to_npz(value)
         else:
             fields[name] = value
     if source.caption is not None:
@@ -174,6 +178,12 @@ def _video(stored: Any, decoded: Video) -> dict[str, bytes]:
         kind = video_files.file_kind(stored[:16])
         return {kind if is_video(kind) else f"video.{kind if is_video(f'video.{kind}') else 'webp'}": stored}
     return {"video.webp": to_webp(decoded)}
+
+
+def _shape(stored: Any, decoded: Shape) -> dict[str, bytes]:
+    if isinstance(stored, bytes):
+        return {shape_files.file_kind(stored) or "shape.npz": stored}
+    return {"shape.npz": to_npz(decoded)}
 
 
 def _png(picture: Any) -> bytes:

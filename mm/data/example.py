@@ -12,10 +12,11 @@ from typing import Any, Literal
 
 from mm.audio import MAX_SECONDS
 from mm.media import MAX_PIXELS
+from mm.shapes import SIZE
 from mm.video import MAX_FRAMES
 
 Split = Literal["all", "train", "holdout"]
-LOADED = ("image", "audio", "video")
+LOADED = ("image", "audio", "video", "shape")
 """Fields that are decoded from files."""
 
 
@@ -33,8 +34,8 @@ class Lazy:
 
 
 class Example(dict[str, Any]):
-    """`key`, `image` (PIL RGB), `audio` (`Audio`), `video` (`Video`), `text`, and whatever else the source knows. `Lazy`
-    values load when read, once."""
+    """`key`, `image` (PIL RGB), `audio` (`Audio`), `video` (`Video`), `shape` (`Shape`), `text`, and whatever else the source
+    knows. `Lazy` values load when read, once."""
 
     def __getitem__(self, name: str) -> Any:
         value = super().__getitem__(name)
@@ -81,6 +82,7 @@ class Source(abc.ABC):
         max_frames: most frames of a video.
         video_size: side of the square that frames are scaled and cropped to; by default they stay as they are.
         video_fps: frames a second of videos, whatever their files have; by default their own.
+        shape_size: cells a side of the grids that meshes become; grids keep theirs.
     """
 
     def __init__(
@@ -96,6 +98,7 @@ class Source(abc.ABC):
         max_frames: int = MAX_FRAMES,
         video_size: int | None = None,
         video_fps: float | None = None,
+        shape_size: int = SIZE,
     ) -> None:
         if split not in ("all", "train", "holdout"):
             raise ValueError(f"split must be 'all', 'train' or 'holdout', got {split!r}")
@@ -108,6 +111,7 @@ class Source(abc.ABC):
         self.split, self.holdout_every, self.holdout_where = split, holdout_every, dict(holdout_where or {})
         self.strict, self.max_pixels, self.max_seconds = strict, max_pixels, max_seconds
         self.max_frames, self.video_size, self.video_fps = max_frames, video_size, video_fps
+        self.shape_size = shape_size
         self._text = Caption(caption)
         self._broken: list[str] = []
 
@@ -207,6 +211,10 @@ class Source(abc.ABC):
         """The video as the source stores it: the bytes of its file, a `Video`, or None where there is none."""
         return self[index].get("video")
 
+    def raw_shape(self, index: int) -> bytes | Any:
+        """The shape as the source stores it: the bytes of its file, a `Shape`, or None where there is none."""
+        return self[index].get("shape")
+
     @abc.abstractmethod
     def _fields(self, ordinal: int) -> dict[str, Any]:
         """Fields of one example (values may be `Lazy`). Raises `BrokenExample`."""
@@ -221,7 +229,7 @@ class Source(abc.ABC):
         return Example(fields, text=self._text(fields))
 
     def __iter__(self) -> Iterator[Example]:
-        """All examples with pictures, sounds and videos loaded; broken ones are skipped and counted (`strict` raises)."""
+        """All examples with what is decoded loaded; broken ones are skipped and counted (`strict` raises)."""
         skipped: list[str] = []
         for index in range(len(self)):
             try:

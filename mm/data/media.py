@@ -1,4 +1,4 @@
-"""Pictures, sounds and videos of examples: which files are which, and how much of each is decoded.
+"""Pictures, sounds, videos and shapes of examples: which files are which, and how much of each is decoded.
 
 One table for all sources: a further medium is one more entry of `MEDIA` and one more method of `Decoding`.
 """
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from mm import audio, media, video
+from mm import audio, media, shape_files, shapes, video
 from mm.data.example import BrokenExample, Source
 
 
@@ -27,7 +27,17 @@ def is_video(suffix: str) -> bool:
     return ending in video.EXTENSIONS or (ending in video.ANIMATIONS and before.rpartition(".")[2] == "video")
 
 
-MEDIA: dict[str, Callable[[str], bool]] = {"image": is_picture, "audio": is_sound, "video": is_video}
+def is_shape(suffix: str) -> bool:
+    """Meshes, and grids whose name says what they are: KEY.shape.npz."""
+    return suffix.rpartition(".")[2] in shape_files.EXTENSIONS or f".{suffix}".endswith(".shape.npz")
+
+
+MEDIA: dict[str, Callable[[str], bool]] = {
+    "image": is_picture,
+    "audio": is_sound,
+    "video": is_video,
+    "shape": is_shape,
+}
 """Field of examples → whether a file belongs there, by the end of its name (lower case)."""
 
 
@@ -45,11 +55,14 @@ class Decoding:
     max_frames: int = video.MAX_FRAMES
     video_size: int | None = None
     video_fps: float | None = None
+    shape_size: int = shapes.SIZE
 
     def decode(self, field: str, data: Any, where: str) -> Any:
         """What belongs in a field of `MEDIA`. What is wrong with it becomes a `BrokenExample` that says where it is."""
         try:
-            return {"image": self._picture, "audio": self._sound, "video": self._video}[field](data)
+            return {"image": self._picture, "audio": self._sound, "video": self._video, "shape": self._shape}[field](
+                data
+            )
         except ValueError as error:
             raise BrokenExample(f"{where}: {error}") from error
 
@@ -68,7 +81,17 @@ class Decoding:
             fps=self.video_fps,
         )
 
+    def _shape(self, data: Any) -> shapes.Shape:
+        return shapes.load_shape(data, self.shape_size)
+
 
 def decoding_of(source: Source) -> Decoding:
     """By the settings of a source."""
-    return Decoding(source.max_pixels, source.max_seconds, source.max_frames, source.video_size, source.video_fps)
+    return Decoding(
+        source.max_pixels,
+        source.max_seconds,
+        source.max_frames,
+        source.video_size,
+        source.video_fps,
+        source.shape_size,
+    )

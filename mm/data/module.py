@@ -15,7 +15,7 @@ from mm.data.loader import PackedLoader, estimate_batches
 from mm.data.streaming import StreamingShards
 from mm.interfaces import ModalityTokenizer
 
-CACHED = {"image": "image", "audio": "speech", "video": "video"}
+CACHED = {"image": "image", "audio": "speech", "video": "video", "shape": "shape"}
 """Field → modality of what is cached by default."""
 FIRST = 16
 """Examples that are looked at to see which fields a source has."""

@@ -173,7 +173,7 @@ def cone(rng: np.random.Generator) -> tuple[Facts, list[Part]]:
 
 def torus(rng: np.random.Generator) -> tuple[Facts, list[Part]]:
     pose, thickness = _one(rng, "lying", "standing"), _one(rng, "thick", "thin")
-    tube = _in(rng, 0.11, 0.13) if thickness == "thick" else _in(rng, 0.045, 0.06)
+    tube = _in(rng, 0.11, 0.13) if thickness == "thick" else _in(rng, 0.06, 0.07)
     radius = _in(rng, 0.25, 0.3)
     middle = FLOOR + tube + (radius if pose == "standing" else 0)
     return {"pose": pose, "thickness": thickness}, [

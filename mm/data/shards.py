@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from mm.data.example import BrokenExample, Lazy, Source, digest
-from mm.data.media import Decoding, decoding_of, is_picture, is_sound, is_video, medium
+from mm.data.media import Decoding, decoding_of, is_picture, is_shape, is_sound, is_video, medium
 
 MAX_MEMBER_BYTES = 1 << 28
 """Largest member, picture, video or row that is read (256 MiB)."""
@@ -266,6 +266,9 @@ class ShardSource(Source):
 
     def raw_video(self, index: int) -> bytes | Any:
         return self._first_of(index, is_video)
+
+    def raw_shape(self, index: int) -> bytes | Any:
+        return self._first_of(index, is_shape)
 
     def _first_of(self, index: int, wanted: Callable[[str], bool]) -> bytes | None:
         suffixes, read, _ = self._members_of(self.ordinals[index])

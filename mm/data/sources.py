@@ -17,7 +17,7 @@ from typing import Any
 
 from mm.audio import EXTENSIONS, READ
 from mm.data.example import LOADED, BrokenExample, Lazy, Source, digest
-from mm.data.media import decoding_of, is_video, medium
+from mm.data.media import decoding_of, medium
 from mm.data.shards import (
     MAX_MEMBER_BYTES,
     MAX_TEXT_BYTES,
@@ -37,7 +37,7 @@ MAX_DIGIT_SIZE = 512
 
 
 class FolderSource(Source):
-    """Pictures, sounds and videos anywhere under a folder; `NAME.wav` beside `NAME.png` belongs to the same example, and
+    """Pictures, sounds, videos and shapes anywhere under a folder; `NAME.wav` beside `NAME.png` belongs to the same example, and
     so does `NAME.mp4` or `NAME.video.gif` (an animation that isn't called so is taken for a picture). Fields come from
     `NAME.json` and `NAME.txt` (as `caption`) beside them, and from the row of `metadata.jsonl` whose `file_name` names them
     (relative to where `metadata.jsonl` lies).
@@ -48,7 +48,7 @@ class FolderSource(Source):
         self.path = Path(path)
         if not self.path.is_dir():
             raise ValueError(
-                f"folder {str(path)!r} is missing or not a folder; give a folder with pictures, sounds or videos"
+                f"folder {str(path)!r} is missing or not a folder; give a folder with pictures, sounds, videos or shapes"
             )
         self._root = self.path.resolve()
         self._rows: dict[str, dict[str, Any]] = {}
@@ -82,14 +82,16 @@ class FolderSource(Source):
             )
         self._join(found)
         for name in sorted(set(self._rows).difference(*found.values())):
-            self._bad(f"metadata.jsonl names {name!r}, which is not a picture, a sound or a video in the folder")
+            self._bad(
+                f"metadata.jsonl names {name!r}, which is not a picture, a sound or a video, nor a shape, in the folder"
+            )
         self._finish([_stem(name) for name in self._names], f"folder {self.path.name!r}")
 
     def _join(self, found: dict[str, list[str]]) -> None:
-        """Files of one name are one example: that of the picture, or else of the video. A second file of a kind, and a sound
-        without either, is an example of its own."""
+        """Files of one name are one example: that of the picture, else of the video, else of the shape. A second file of a kind,
+        and a sound without these, is an example of its own."""
         first: dict[str, str] = {}
-        for field in ("image", "video", "audio"):
+        for field in ("image", "video", "shape", "audio"):
             for name in sorted(found[field]):
                 example = first.get(_stem(name), name)
                 if example == name or field in self._files_of(example):
@@ -183,14 +185,19 @@ class FolderSource(Source):
     def raw_video(self, index: int) -> bytes | Any:
         return self._raw(index, "video")
 
+    def raw_shape(self, index: int) -> bytes | Any:
+        return self._raw(index, "shape")
+
     def _raw(self, index: int, field: str) -> bytes | None:
         name = self._files_of(self._names[self.ordinals[index]]).get(field)
         return None if name is None else self._read(name, MAX_MEMBER_BYTES)
 
 
 def _stem(name: str) -> str:
-    path = Path(name).with_suffix("")
-    return (path.with_suffix("") if path.suffix.lower() == ".video" and is_video(name.lower()) else path).as_posix()
+    path, marked = Path(name).with_suffix(""), (".video", ".shape")
+    return (
+        path.with_suffix("") if path.suffix.lower() in marked and medium(name.lower()) in LOADED else path
+    ).as_posix()
 
 
 class HFSource(Source):

@@ -21,6 +21,7 @@ from mm.data.example import BrokenExample, Caption, Example, Split, digest, warn
 from mm.data.media import Decoding
 from mm.data.shards import MAX_MEMBER_BYTES, MAX_TEXT_BYTES, BoundedInfo, fields_of_members, member_problem, split_name
 from mm.media import MAX_PIXELS
+from mm.shapes import SIZE
 from mm.video import MAX_FRAMES
 
 Place = tuple[int, int, int]
@@ -37,7 +38,7 @@ class StreamingShards(IterableDataset[Example]):
         urls: paths, addresses (http, https, gs, hf and whatever else `webdataset` opens), braces expanded. Compressed
             tar files are fine here. `pipe:` runs a shell command and needs `allow_commands`.
         split, holdout_every: as for the random-access sources, but by a hash of the key: a stream can't sort its keys.
-        caption, strict, max_pixels, max_seconds, max_frames, video_size, video_fps: as for the random-access sources.
+        caption, strict, max_pixels, max_seconds, max_frames, video_size, video_fps, shape_size: as for the random-access sources.
         lanes: shards read in turn. Memory: `lanes` × `shuffle` undecoded examples.
         shuffle: examples permuted together; 1 keeps the order of the shards' members.
         seed: of the permutations.
@@ -56,6 +57,7 @@ class StreamingShards(IterableDataset[Example]):
         max_frames: int = MAX_FRAMES,
         video_size: int | None = None,
         video_fps: float | None = None,
+        shape_size: int = SIZE,
         max_member_bytes: int = MAX_MEMBER_BYTES,
         lanes: int = 4,
         shuffle: int = 256,
@@ -76,7 +78,7 @@ class StreamingShards(IterableDataset[Example]):
         if not self.urls:
             raise ValueError("StreamingShards got no shards; give at least one address or path")
         self.split, self.holdout_every, self.strict = split, holdout_every, strict
-        self.decoding = Decoding(max_pixels, max_seconds, max_frames, video_size, video_fps)
+        self.decoding = Decoding(max_pixels, max_seconds, max_frames, video_size, video_fps, shape_size)
         self.max_member_bytes = max_member_bytes
         self.lanes, self.shuffle, self.seed = min(lanes, len(self.urls)), shuffle, seed
         self._text = Caption(caption)
