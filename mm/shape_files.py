@@ -190,6 +190,8 @@ def _parsed(data: bytes, max_faces: int) -> tuple[Any, int]:
     if not kind:
         raise ValueError(f"it is none of {', '.join(sorted(EXTENSIONS)).upper()}")
     if kind == "obj":
+        if (least := data.count(b"\nf ")) > max_faces:
+            return None, least
         vertices, faces = _obj(data, max_faces)
         return Trimesh(vertices, faces, process=False), len(faces)
     if kind == "glb":

@@ -24,6 +24,8 @@ MAX_SIZE = 256
 MAX_TRUNCATION = 2.0
 TRUNCATION = 0.1
 """Distance beyond which cells are all the same, in sides of the cube."""
+SHEET = 0.6
+"""Half the thickness in cells of a mesh that encloses nothing: enough for a centre to be inside wherever it lies."""
 ASIDE = (1.9e-7, 2.3e-7, 3.1e-7)
 """How far from the centre of a cell it is looked at, in cells: edges and faces often pass through the very centre."""
 
@@ -65,7 +67,7 @@ def occupancy(mesh: Trimesh, n: int = 32, *, surface: bool = False) -> Bool[np.n
 
 def sdf(mesh: Trimesh, n: int = 32, truncation: float = TRUNCATION) -> Float[np.ndarray, "N N N"]:
     """Distance from the centre of each cell to the surface in sides of the cube, negative inside (as `occupancy` tells), cut off
-    at ±`truncation`; float32. A mesh that encloses nothing counts as a sheet, one cell thick.
+    at ±`truncation`; float32. A mesh that encloses nothing counts as a sheet, about a cell thick.
 
     Within the band distances are exact to the triangles nearest by samples half a cell apart. Raises `ValueError` for a size or
     a truncation that is out of bounds.
@@ -79,12 +81,14 @@ def sdf(mesh: Trimesh, n: int = 32, truncation: float = TRUNCATION) -> Float[np.
         )
     check_size(n)
     inside = _filled(mesh, n)
-    out: Any = np.full(n**3, truncation, np.float32)
+    thick = 0.0 if inside.any() else SHEET / n
+    reach = truncation + thick
+    out: Any = np.full(n**3, reach)
     points, owner = _samples(mesh, 2 * n)
     if len(points):
         centres = (np.stack(np.unravel_index(np.arange(n**3), (n, n, n)), 1) + 0.5) / n
         slack = 1.0 / n
-        near, which = cKDTree(points).query(centres, k=8, distance_upper_bound=truncation + slack)
+        near, which = cKDTree(points).query(centres, k=8, distance_upper_bound=reach + slack)
         rows, places = np.nonzero(np.isfinite(near))
         exact = np.full(near.shape, np.inf)
         triangles = np.asarray(mesh.triangles)
@@ -94,11 +98,9 @@ def sdf(mesh: Trimesh, n: int = 32, truncation: float = TRUNCATION) -> Float[np.
             exact[row, place] = np.linalg.norm(ends - centres[row], axis=1)
         # slivers without area have no nearest point; the samples on them have
         exact = np.where(np.isfinite(exact), exact, near)
-        out = np.minimum(exact.min(1), truncation).astype(np.float32)
-    out = out.reshape(n, n, n)
-    if inside.any():
-        return np.where(inside, -out, out)
-    return np.clip(out - 0.5 / n, -truncation, truncation).astype(np.float32)
+        out = np.minimum(exact.min(1), reach)
+    out = out.reshape(n, n, n).astype(np.float32) - np.float32(thick)
+    return np.where(inside, -out, np.clip(out, -truncation, truncation))
 
 
 def distance_of(occupied: Bool[np.ndarray, "N N N"], truncation: float = TRUNCATION) -> Float[np.ndarray, "N N N"]:
