@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mm.interfaces import Encoded
 from mm.multiscale import MultiScaleQuantizer, chosen_phi, first_scales
+from mm.tokenizers.image_msvq import ImageMSVQ
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "multiscale.json").read_text())["cases"]
 
@@ -200,3 +202,55 @@ def test_bad_input_is_refused() -> None:
     for call in (quantizer().lookup, quantizer().scale_inputs):
         with pytest.raises(ValueError, match=r"got 7 ids, but the scales end with the ids \[1, 5, 21\]"):
             call(torch.zeros(1, 7, dtype=torch.int64))
+
+
+# --- the tokenizer of pictures ----------------------------------------------------------------------------------------
+
+
+def test_pictures_are_saved_and_loaded(tmp_path: Path) -> None:
+    made = ImageMSVQ.tiny()
+    pictures = torch.rand(3, 3, 16, 16) * 2 - 1
+    made.save(tmp_path / "t")
+    again = ImageMSVQ.from_directory(tmp_path / "t")
+    assert again.fingerprint == made.fingerprint and again.spec == made.spec
+    for one, two in zip(made.encode_batch(list(pictures)), again.encode_batch(list(pictures)), strict=True):
+        assert torch.equal(one.content, two.content) and one.scales == two.scales == made.spec.scales
+    with torch.no_grad():
+        made.quantizer.phi[0].bias.add_(0.1)  # type: ignore[operator]
+    made.weights_changed()
+    assert made.fingerprint != again.fingerprint, "an id means another thing"
+    with pytest.raises(ValueError, match="the last scale must be size / downsample, 8, got 4"):
+        ImageMSVQ(scales=[1, 2, 4])
+
+
+def test_pictures_of_more_scales_are_nearer() -> None:
+    """From the closed-form start: smooth pictures, decoded from one scale to all."""
+    torch.manual_seed(0)
+    pictures = F.interpolate(torch.rand(32, 3, 3, 3) * 2 - 1, size=16, mode="bicubic").clamp(-1, 1)
+    made = ImageMSVQ(size=16, scales=[1, 2, 4], channels=8, codebook_size=256, code_dim=8)
+    made.warm_start(pictures)
+    made.eval()
+    ids = made.encode_pixels(pictures)
+    errors = [float((made.decode_ids(ids[:, :end]) - pictures).square().mean()) for end in made.quantizer.ends]
+    assert errors[2] < 0.5 * errors[1] < 0.5 * errors[0]
+    assert errors[2] < 0.2 * float((pictures - pictures.mean((0, 2, 3), keepdim=True)).square().mean())
+    item = made.encode(pictures[0])
+    assert all(made.decode(first_scales(item, number)).valid for number in (1, 2, 3))
+
+
+def test_pictures_are_learned() -> None:
+    torch.manual_seed(0)
+    pictures = torch.rand(8, 3, 16, 16) * 2 - 1
+    made = ImageMSVQ.tiny().train()
+    optimizer = torch.optim.Adam([p for p in made.parameters() if p.requires_grad], lr=3e-3)
+    losses = []
+    for _ in range(40):
+        out = made.reconstruct(pictures)
+        loss = (out.output - pictures).square().mean() + out.loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.8 * losses[0]
+    for part in (made.encoder, made.decoder, made.quantizer.phi):
+        assert any(p.grad is not None and bool(p.grad.any()) for p in part.parameters())
