@@ -15,6 +15,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import numpy as np
 import torch
@@ -139,7 +140,7 @@ class MultiScaleQuantizer(nn.Module):
 
     def _nearest(self, left: Float[Tensor, "F D H W"], scale: int) -> tuple[Float[Tensor, "n D"], Int[Tensor, "F h w"]]:
         """Vectors of what is left at one scale, and the code of each."""
-        side, codes = self.sides[scale], self.codebook.detach()
+        side, codes = self.sides[scale], self.codebook.detach().float()
         vectors = shrunk(left, side).permute(0, 2, 3, 1).reshape(-1, self.dim)
         compared = vectors
         if self.normalize:
@@ -173,13 +174,20 @@ class MultiScaleQuantizer(nn.Module):
     def _enlarged(self, ids: Int[Tensor, "F h w"], scale: int) -> Float[Tensor, "F D H W"]:
         """What the ids of one scale add to the sum."""
         codes = self.codebook if self.codebook.requires_grad else self.codebook.detach()
-        part = F.embedding(ids, codes).permute(0, 3, 1, 2)
+        part = F.embedding(ids, codes).float().permute(0, 3, 1, 2)
         if scale < len(self.sides) - 1:
             part = F.interpolate(part, size=(self.sides[-1], self.sides[-1]), mode="bicubic")
         part = part.contiguous()
         if not self.phi:
             return part
-        return part * (1 - self.residual) + self.phi[self.chosen[scale]](part) * self.residual
+        phi = cast(nn.Conv2d, self.phi[self.chosen[scale]])
+        bias = None if phi.bias is None else phi.bias.float()
+        # in float32, whatever the type of the weights: so that ids mean the same everywhere
+        return part * (1 - self.residual) + F.conv2d(part, phi.weight.float(), bias, padding=1) * self.residual
+
+    def _nothing(self, batch: int) -> Float[Tensor, "F D H W"]:
+        shape = (batch * self.maps, self.dim, self.sides[-1], self.sides[-1])
+        return torch.zeros(shape, device=self.codebook.device)
 
     def sums_of(self, ids: Int[Tensor, "B n"]) -> Iterator[Float[Tensor, "F D H W"]]:
         """The sum after each scale, of ids of the first scales. Raises `ValueError` for ids that end within a scale."""
@@ -187,7 +195,7 @@ class MultiScaleQuantizer(nn.Module):
             raise ValueError(
                 f"got {ids.shape[1]} ids, but the scales end with the ids {self.ends}; give those of whole scales"
             )
-        total = self.codebook.new_zeros(len(ids) * self.maps, self.dim, self.sides[-1], self.sides[-1])
+        total = self._nothing(len(ids))
         for scale, (begin, end) in enumerate(itertools.pairwise((0, *self.ends))):
             if end > ids.shape[1]:
                 return
@@ -199,7 +207,7 @@ class MultiScaleQuantizer(nn.Module):
     def lookup(self, ids: Int[Tensor, "B n"]) -> Float[Tensor, "B *P D H W"]:
         """The latents that ids of the first scales stand for; of all scales, exactly what `forward` returned with them in
         evaluation. Raises `ValueError` for ids that end within a scale."""
-        total = self.codebook.new_zeros(len(ids) * self.maps, self.dim, self.sides[-1], self.sides[-1])
+        total = self._nothing(len(ids))
         for later in self.sums_of(ids):
             total = later
         return total.unflatten(0, (-1, self.planes)) if self.planes else total

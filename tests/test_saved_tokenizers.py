@@ -21,6 +21,7 @@ from mm.model import MultimodalModel
 from mm.orders.raster import Raster
 from mm.testing import tiny
 from mm.tokenizers.image_kl import ImageKL
+from mm.tokenizers.image_msvq import ImageMSVQ
 from mm.tokenizers.image_softvq import ImageSoftVQ
 from mm.tokenizers.image_vae import ImageVAE
 from mm.tokenizers.image_vit import ImageViT
@@ -28,7 +29,7 @@ from mm.tokenizers.image_vq import ImageVQ
 from mm.tokenizers.text_bytes import TextBytes
 from mm.tokenizers.text_concepts import TextConcepts
 
-WITH_FILES = ("image_kl", "image_softvq", "image_vae", "image_vit", "image_vq", "text_concepts")
+WITH_FILES = ("image_kl", "image_msvq", "image_softvq", "image_vae", "image_vit", "image_vq", "text_concepts")
 PICTURES = ("image_kl", "image_softvq", "image_vae", "image_vit")
 
 
@@ -185,7 +186,7 @@ SIZES: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("settings", SIZES, ids=str)
-@pytest.mark.parametrize("cls", [ImageVAE, ImageVQ])
+@pytest.mark.parametrize("cls", [ImageMSVQ, ImageVAE, ImageVQ])
 def test_what_is_no_size_is_refused_by_name(cls: Any, settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(settings))} must be "):
         cls(**settings)

@@ -181,11 +181,11 @@ class ImageMSVQ(FromSettings, TrainableTokenizer):
     @torch.no_grad()
     def decode_ids(self, ids: Int[Tensor, "B n"]) -> Float[Tensor, "B 3 H W"]:
         """Pictures, nominally in [−1, 1], of ids of whole scales."""
-        return self.decoder(self.quantizer.lookup(ids.to(self._device())))
+        return self.decoder(self.quantizer.lookup(ids.to(self._device())).to(self._dtype()))
 
     def reconstruct(self, batch: Float[Tensor, "B 3 H W"]) -> Reconstruction:
         quantized = self.quantizer(self.encoder(batch))
-        return Reconstruction(self.decoder(quantized.latents), quantized.ids, quantized.loss)
+        return Reconstruction(self.decoder(quantized.latents.to(self._dtype())), quantized.ids, quantized.loss)
 
     def last_layer(self) -> Tensor:
         return self.decoder.last.weight
@@ -211,11 +211,14 @@ class ImageMSVQ(FromSettings, TrainableTokenizer):
     def _device(self) -> torch.device:
         return self.decoder.last.weight.device
 
+    def _dtype(self) -> torch.dtype:
+        return self.decoder.last.weight.dtype
+
     def _pixels(self, raw: Image.Image | Tensor) -> Float[Tensor, "3 H W"]:
         if not isinstance(raw, Tensor):
-            return pictures.to_unit(pictures.to_bytes(pictures.fit_square(raw, self.size)))
+            return pictures.to_unit(pictures.to_bytes(pictures.fit_square(raw, self.size))).to(self._dtype())
         if raw.shape != (3, self.size, self.size) or not raw.is_floating_point():
             raise ValueError(
                 f"expected floats (3, {self.size}, {self.size}) in [-1, 1], got {raw.dtype} {tuple(raw.shape)}: convert them"
             )
-        return raw.float()
+        return raw.to(self._dtype())
