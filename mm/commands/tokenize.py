@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from mm.interfaces import Encoded, ModalityTokenizer, Spec
 
 TEXT = (".txt", ".md", ".csv", ".json", ".yaml", ".py")
-Kind = Literal["text", "picture", "sound", "video"]
-PLURAL: dict[str, str] = {"text": "texts", "picture": "pictures", "sound": "sounds", "video": "videos"}
+Kind = Literal["text", "picture", "sound", "video", "shape"]
+PLURAL: dict[str, str] = {kind: f"{kind}s" for kind in ("text", "picture", "sound", "video", "shape")}
 UNKNOWN = (math.inf, -math.inf)
 """Figures that JSON can't say, with NaN."""
 MAX_TEXT = 1 << 24
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
     """Returns the exit status; raises `ValueError` for a file or a tokenizer that can't be used."""
     command = parser("tokenize", "Encode and decode a file; report the rate and what is lost.")
     command.add_argument(
-        "file", help="a picture, a sound, a video or a text; the ending says which, or else how it begins"
+        "file", help="a picture, sound, video, shape or text; the ending says which, or else how it begins"
     )
     command.add_argument(
         "--tokenizer",
@@ -83,6 +83,10 @@ def main(argv: list[str]) -> int:
         from mm.commands.tokenize_videos import tokenize_clip
 
         measured, value = tokenize_clip(raw, tokenizer, keep=bool(out))
+    elif kind == "shape":
+        from mm.commands.tokenize_shapes import tokenize_shape
+
+        measured, value = tokenize_shape(raw, tokenizer)
     else:
         measured, value = tokenize(raw, tokenizer, kind)
     figures = {"tokenizer": type(tokenizer).__name__, "file_bits": file_bits(args.file), **measured}
@@ -134,7 +138,7 @@ def file_bits(file: str) -> int | None:
 def kinds_of_file(file: str) -> tuple[Kind, ...]:
     """What it may be taken for, the likeliest first, by its ending, or else by its first bytes: a film has a sound too, and a
     picture is a video of one frame. Raises `ValueError` for a missing file whose name doesn't tell."""
-    from mm import audio_files, media, video, video_files
+    from mm import audio_files, media, shape_files, video, video_files
     from mm.audio import READ
 
     ending = Path(file).suffix.lower()
@@ -144,6 +148,8 @@ def kinds_of_file(file: str) -> tuple[Kind, ...]:
         return ("video", "sound")
     if ending[1:] in READ:
         return ("sound",)
+    if ending[1:] in shape_files.EXTENSIONS or ending == ".npz":
+        return ("shape",)
     if ending[1:] in media.EXTENSIONS:
         return ("picture", "video")
     if os.path.isdir(file):  # of pictures, one a frame
@@ -200,11 +206,13 @@ def find(name: str, *kinds: Kind) -> ModalityTokenizer:
 
 
 def kind_of(spec: Spec) -> Kind | None:
-    """What a tokenizer is for, by its spec; None for none of the four."""
+    """What a tokenizer is for, by its spec; None for none of them."""
     if spec.sample_rate:
         return "sound"
     if spec.fps:
         return "video"
+    if spec.voxels:
+        return "shape"
     if spec.is_free:
         return "picture" if spec.pixels else None
     return {0: "text", 2: "picture"}.get(len(spec.max_grid))  # type: ignore[return-value]
@@ -216,6 +224,10 @@ def read(file: str, kind: Kind, tokenizer: ModalityTokenizer) -> Any:
         from mm.commands.tokenize_videos import read_clip
 
         return read_clip(file, tokenizer)
+    if kind == "shape":
+        from mm.commands.tokenize_shapes import read_shape
+
+        return read_shape(file, tokenizer)
     if kind == "picture":
         from mm.media import load_image
 
@@ -235,12 +247,14 @@ def read(file: str, kind: Kind, tokenizer: ModalityTokenizer) -> Any:
 def place(path: str, kind: Kind) -> Path:
     """The file that `--out` means. Raises `ValueError` for an ending that doesn't fit, or a folder that can't be made."""
     from mm.pipelines.outputs import PICTURES, SOUNDS, numbered, video_endings
+    from mm.shape_files import EXTENSIONS
 
     name, endings = {
         "text": ("text", TEXT),
         "picture": ("image", PICTURES),
         "sound": ("speech", SOUNDS),
         "video": ("video", video_endings()),
+        "shape": ("shape", tuple(f".{ending}" for ending in sorted(EXTENSIONS))),
     }[kind]
     return writable(numbered(path, 1, name, endings)[0])
 
@@ -249,6 +263,8 @@ def write(path: Path, value: Any) -> None:
     from mm import safe_io
     from mm.audio import Audio, save_audio
     from mm.pipelines.outputs import save_picture
+    from mm.shape_files import save_mesh
+    from mm.shapes import Shape
     from mm.video import Video, save_video
 
     if isinstance(value, str):
@@ -257,6 +273,8 @@ def write(path: Path, value: Any) -> None:
         save_audio(path, value)
     elif isinstance(value, Video):
         save_video(path, value)
+    elif isinstance(value, Shape):
+        save_mesh(path, value.mesh)
     else:
         save_picture(value, path)
 
