@@ -26,6 +26,7 @@ from mm.pipelines.text_to_image import TextToImagePipeline
 from mm.plugins import load
 from mm.stream import pack
 from mm.testing import Palette, Uncached, predictors, tiny, watch
+from mm.tokenizers.image_msvq import ImageMSVQ
 
 TEXT = Segment("text", "a red one", loss=False)
 
@@ -378,3 +379,13 @@ def test_token_caches_hold_items_of_several_scales(tmp_path: Path) -> None:
         assert again.grid == one.grid and again.scales == one.scales and torch.equal(again.content, one.content)
     with pytest.raises(ValueError, match="the grids and the offsets of its items don't agree"):
         TokenCache(spec, content, torch.tensor([0, 16, 26, 27]), grids)
+
+
+def test_a_saved_model_draws_the_same(tmp_path: Path) -> None:
+    made = TextToImagePipeline(tiny(Scales(name="finer"), tokenizer=ImageMSVQ.tiny()))
+    made.save_pretrained(tmp_path / "model")
+    again = TextToImagePipeline.from_pretrained(str(tmp_path / "model"))
+    one, two = (p("red", seed=0, guidance=3.0, guidance_schedule="ramp").tokens[0] for p in (made, again))
+    assert torch.equal(one.content, two.content) and one.scales == two.scales and len(one) == 21
+    with pytest.raises(ValueError, match="stand for whole pictures, not for places in them"):
+        made("red", image=Image.new("RGB", (16, 16)), mask=Image.new("L", (16, 16), 255))
