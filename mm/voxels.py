@@ -26,6 +26,8 @@ TRUNCATION = 0.1
 """Distance beyond which cells are all the same, in sides of the cube."""
 SHEET = 0.6
 """Half the thickness in cells of a mesh that encloses nothing: enough for a centre to be inside wherever it lies."""
+MANY = 1 << 18
+"""Samples of a surface beyond which they are thinned out."""
 ASIDE = (1.9e-7, 2.3e-7, 3.1e-7)
 """How far from the centre of a cell it is looked at, in cells: edges and faces often pass through the very centre."""
 
@@ -201,7 +203,12 @@ def _samples(mesh: Trimesh, n: int) -> tuple[Float[np.ndarray, "P 3"], Int[np.nd
             owners.append(face)
     every, owner = (np.concatenate(points) + np.array(ASIDE)) / n, np.concatenate(owners)
     kept = ((every > -1) & (every < 2)).all(1)
-    return every[kept], owner[kept]
+    every, owner = every[kept], owner[kept]
+    if len(every) > MANY:  # one of those that are close together will do
+        fine = np.floor((every + 1) * 4 * n).astype(np.int64)
+        first = np.unique((fine[:, 0] * 12 * n + fine[:, 1]) * 12 * n + fine[:, 2], return_index=True)[1]
+        every, owner = every[first], owner[first]
+    return every, owner
 
 
 # --- a grid as a mesh -----------------------------------------------------------------------------------------------
