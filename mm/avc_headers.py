@@ -18,6 +18,8 @@ IDR, INTER, SPS, PPS, END = 0x65, 0x41, 0x67, 0x68, 0x0B
 """First bytes of units: a slice of the key frame, of another one, the two parameter sets, the end of the stream."""
 BLOCK = 16
 MAX_SIDE, MAX_FRAMES, MAX_SLICES = 512, 256, 1 << 14
+UNFILTERED = 15
+"""Coarsest step at which there is no filter between blocks."""
 MAX_HEADER = 256
 """Bytes of both parameter sets; those of x264 are about 40."""
 
@@ -116,8 +118,10 @@ class Headers:
     """Of the number of a frame, which counts from the key frame on."""
     references: int
     """Frames that one may be predicted from, of those before it."""
-    deltas: tuple[int, int]
-    """What is added to the step of quantisation that the parameter sets say: of the key frame, and of others."""
+    steps: tuple[int, int]
+    """Of quantisation: of the key frame, and of others."""
+    start: int
+    """The one that the parameter sets say."""
 
     @classmethod
     def read(cls, sets: bytes, shape: Shape, qp: int) -> Headers:
@@ -137,7 +141,7 @@ class Headers:
             raise ValueError(
                 f"the parameter sets name {active} of {references} reference frames; restore the saved ones"
             )
-        return cls(shape, sets, number_bits, active, (key_qp(qp) - start, qp - start))
+        return cls(shape, sets, number_bits, active, (key_qp(qp), qp), start)
 
     def place(self, number: int) -> tuple[int, int]:
         """Frame and macroblock of a slice."""
@@ -155,7 +159,12 @@ class Headers:
             known = min(frame, self.references)
             out += "1" + ue(known - 1) if known < self.references else "0"
             out += "00"  # frames before are taken in their order, and forgotten in it
-        return out + se(self.deltas[not key]) + ue(0) + se(0) + se(0)  # the filter between blocks, as it is
+        # the filter between blocks, as it is; where steps are so fine that it would do nothing, x264 says that there is none
+        return (
+            out
+            + se(self.steps[not key] - self.start)
+            + (ue(0) + se(0) + se(0) if self.steps[not key] > UNFILTERED else ue(1))
+        )
 
     def begin(self, number: int) -> tuple[bytes, str]:
         """How a slice begins: whole bytes from the start code on, and the bits of the byte after them that are known."""

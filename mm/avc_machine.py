@@ -4,12 +4,15 @@ last slice. What the bits of a macroblock say is left to the model."""
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
-from mm.avc_headers import CODE, END, Headers
+from mm.avc_headers import CODE, END, LONG, Headers
 from mm.byte_automaton import ByteMachine
 
 CLOSE = CODE + bytes([END])
+ANY = (1 << 256) - 1
+"""Every byte (`AvcMachine.allowed`)."""
 LAST = 0x80
 """A byte that may end any slice: the bit that says so."""
 
@@ -79,6 +82,41 @@ class AvcMachine(ByteMachine[Place]):
         if byte:
             return Place(number, at, way, 0, True)
         return Place(number, at, way, zeros + 1, ends)
+
+    def successors(self, state: Place) -> dict[int, Place]:
+        if self._inside(state) or self.is_end(state):
+            return super().successors(state)
+        number, at, *_ = state
+        return {self.known[number][at]: Place(number, at + 1)}
+
+    def allowed(self, state: Place) -> int:
+        if self.is_end(state):
+            return 0
+        if not self._inside(state):
+            return 1 << self.known[state.number][state.at]
+        may = ANY
+        if not state.way:
+            value, mask = self.first[state.number]
+            may = ((1 << (0x100 - mask)) - 1) << value
+        if state.escaped:
+            may &= 0b1111
+        if state.zeros == 2:
+            may = (may & ~0b111) | (self.step(state, 0) is not None) | (self.step(state, 1) is not None) << 1
+        return may
+
+    def key(self, state: Place, reach: int) -> Hashable:
+        """Of the place in the stream only what is known to come, as far as such a string leads."""
+        number, at, way, zeros, ends, escaped = state
+        if number == self.slices:
+            return state
+        first, long = self.first[number], self.known[number + 1].startswith(LONG)
+        if not self._inside(state):
+            return self.known[number][at:], first, number if reach else long
+        return None if way else first, zeros, ends, escaped, number if reach or zeros else long
+
+    def reach(self, table: Sequence[bytes]) -> int:
+        """A string without a start code, or with nothing behind one, leads into no further slice."""
+        return max((len(token) for token in table if CODE in token[:-1]), default=0)
 
     def is_end(self, state: Place) -> bool:
         return state.number == self.slices and state.at == len(CLOSE)

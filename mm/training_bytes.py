@@ -92,6 +92,9 @@ class RawDataModule(pl.LightningDataModule):
     def _loader(self, sources: list[Source]) -> Any:
         return DataLoader(Items(sources, self.field, self.limit), batch_size=self.batch_size, collate_fn=list)
 
+    def transfer_batch_to_device(self, batch: list[Any], device: Any, dataloader_idx: int) -> list[Any]:
+        return batch  # raw items are no tensors, and need not be of a kind that Lightning knows
+
     def train_dataloader(self) -> Any:
         return self._loader(self.train)
 

@@ -10,11 +10,12 @@ import yaml
 from mm.commands.train import SHIPPED, main
 
 OTHER_DATA = {
-    "ardit", "ardit_distilled", "asr", "asr_ctc_prompt", "ella_v", "lcm", "lcm_regression", "lslm", "mega_tts", "musicgen",
-    "vall_e", "vid_gpt", "video_vq",
+    "ardit", "ardit_distilled", "asr", "asr_ctc_prompt", "avc_lm", "ella_v", "lcm", "lcm_regression", "lslm", "mega_tts",
+    "musicgen", "vall_e", "vid_gpt", "video_vq",
 }  # fmt: skip
 """Systems of other data than pictures with captions, which debug.yaml has; their own tests train them (test_concepts,
-test_ardit, test_dialogues, test_mega_tts, test_speech_ctc, test_speech_codes, test_vid_gpt, test_video_tokenizers)."""
+test_ardit, test_avc_lm, test_dialogues, test_mega_tts, test_speech_ctc, test_speech_codes, test_vid_gpt,
+test_video_tokenizers)."""
 SYSTEMS = sorted({path.stem for path in (SHIPPED / "systems").glob("*.yaml")} - OTHER_DATA)
 PALETTE = [
     "--model.init_args.modalities.tokenizer=mm.testing.Palette",
@@ -65,8 +66,10 @@ def test_base_and_modalities_make_a_run(capsys: pytest.CaptureFixture[str]) -> N
 @pytest.mark.parametrize("file", sorted((SHIPPED / "tokenizers").glob("*.yaml")), ids=lambda path: path.stem)
 def test_tokenizer_configurations_parse(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     own = {
+        "avc_bytes": "mm.training_bytes.ByteTraining",
         "concepts": "mm.concepts_training.ConceptTraining",
         "jpeg_bytes": "mm.training_bytes.ByteTraining",
+        "mjpeg_bytes": "mm.training_bytes.ByteTraining",
         "speech_ctc": "mm.training_ctc.SpeechEncoderTraining",
         "speech_codec": "mm.training_speech.SpeechTokenizerModule",
         "speech_prosody": "mm.training_voices.ProsodyTraining",

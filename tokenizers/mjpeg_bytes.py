@@ -53,8 +53,8 @@ class MjpegBytes(ClipFiles):
         fps: float = 8.0,
         quality: int = 25,
         subsampling: str = "4:2:0",
-        restart: int = 0,
-        vocab: int = 1024,
+        restart: int = 1,
+        vocab: int = 320,
         grammar: Literal["strict", "markers", "none"] = "strict",
         pretrained: str | None = None,
     ) -> None:
