@@ -314,5 +314,5 @@ def test_a_few_files_are_memorised_byte_for_byte() -> None:
 
 @pytest.mark.slow
 def test_64_files_are_memorised_byte_for_byte() -> None:
-    same, count = memorised(64, 900, 128)
+    same, count = memorised(64, 600, 128)
     assert same == count
