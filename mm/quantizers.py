@@ -41,7 +41,7 @@ class Quantized:
 
     latents: Float[Tensor, "B D H W"]
     """The nearest codes; gradients pass straight through to the input."""
-    ids: Int[Tensor, "B H W"] | Int[Tensor, "B H W K"]
+    ids: Int[Tensor, "B N"] | Int[Tensor, "B H W"] | Int[Tensor, "B H W K"]
     """int64."""
     loss: Float[Tensor, ""]
     """Commitment and entropy terms, already weighted; 0 in evaluation."""

@@ -141,9 +141,9 @@ def test_text_that_the_model_wrote_is_run_along_too(before: str, monkeypatch: py
     fed: list[float] = []
     push = Track._push
 
-    def watched(track: Track, number: int, token: int, order: int, position: tuple[float, float, float]) -> None:
+    def watched(track: Track, number: int, token: int, order: int, position: Any, *others: Any) -> None:
         fed.extend([position[0]] if number == 1 else [])
-        push(track, number, token, order, position)
+        push(track, number, token, order, position, *others)
 
     monkeypatch.setattr(Track, "_push", watched)
     made = Engine(one).generate([Request(prompt=prompt, text=True, free=True, max_tokens=40)])[0]

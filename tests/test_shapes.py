@@ -68,7 +68,8 @@ def systems():
     # every order with ids and with vectors, as far as it takes them, and every head
     for order in plugins.available("orders"):
         if order not in ("blocks", "delay", "stages"):
-            yield tiny(load("orders", order)())
+            several = load("tokenizers", "image_msvq").tiny() if order == "scales" else None
+            yield tiny(load("orders", order)(), tokenizer=several)
     patches, diffusion = load("tokenizers", "image_patches"), load("heads", "diffusion")
     cases = [("raster", {}, diffusion(width=8, blocks=1, sampler={"steps": 2})),
              ("masked", {"choice": "random", "steps": 2}, load("heads", "gaussian")()),
