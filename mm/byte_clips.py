@@ -62,10 +62,7 @@ class ClipFiles(FileTokenizer):
         of the file."""
         data, odd = self.bytes_of(encoded)
         frames, status, reason = self.read(data)
-        status = "repaired" if odd and status == "strict" else status
-        reason = "; ".join(filter(None, (odd, reason)))
-        value = Video(frames, self.config["fps"])
-        return Decoded(value=value, valid=not reason, reason=f"{status}: {reason}" if reason else "")
+        return self.judged(Video(frames, self.config["fps"]), status, odd, reason)
 
     @classmethod
     def some(cls, size: Sequence[int], frames: int, fps: float, count: int = 2) -> list[Video]:

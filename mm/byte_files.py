@@ -17,7 +17,7 @@ import torch
 from mm import safe_io, saved
 from mm.byte_automaton import ByteGrammar, ByteMachine
 from mm.byte_bpe import ByteBPE
-from mm.interfaces import Automaton, Encoded, ModalityTokenizer, Spec
+from mm.interfaces import Automaton, Decoded, Encoded, ModalityTokenizer, Spec
 
 BPE, FACTS = "bpe.json", "facts.json"
 MAX_BPE_BYTES, MAX_FACTS_BYTES = 1 << 24, 1 << 20
@@ -78,6 +78,21 @@ class FileTokenizer(ModalityTokenizer):
             ids = ids[: ids.index(self.stop)]
         odd = sum(not 0 <= i < self.stop or not self.bpe.table[i] for i in ids)
         return self.bpe.decode(ids), f"{odd} ids stand for no bytes" if odd else ""
+
+    @staticmethod
+    def judged(value: Any, status: str, odd: str, reason: str) -> Decoded:
+        """What was read, with what was wrong with the ids and with the file; `reason` begins with the state of the file."""
+        status = "repaired" if odd and status == "strict" else status
+        reason = "; ".join(filter(None, (odd, reason)))
+        return Decoded(value=value, valid=not reason, reason=f"{status}: {reason}" if reason else "")
+
+    @staticmethod
+    def bytes_of_fact(facts: Mapping[str, str], name: str, what: str) -> bytes:
+        """A fact that is bytes. Raises `ValueError` for one that isn't."""
+        try:
+            return bytes.fromhex(facts.get(name, ""))
+        except ValueError as error:
+            raise ValueError(f"the saved {what} are no hexadecimal digits; restore the saved files") from error
 
     def grammar(self) -> ByteGrammar[Any] | None:
         """Which ids the format allows; kept, since it remembers its answers."""

@@ -67,10 +67,7 @@ class AvcBytes(ClipFiles):
 
     def _build(self, config: dict[str, Any], facts: Mapping[str, str]) -> None:
         avc.ffmpeg()
-        try:
-            sets = bytes.fromhex(facts.get("sets", ""))
-        except ValueError as error:
-            raise ValueError("the saved parameter sets are no hexadecimal digits; restore the saved files") from error
+        sets = self.bytes_of_fact(facts, "sets", "parameter sets")
         self.headers = Headers.read(sets, self._shape(config), config["qp"])
         self.reader = avc.Reader(self.headers)
 

@@ -14,14 +14,15 @@ import torch
 from PIL import Image
 
 from mm import jpeg, pictures, saved
-from mm.byte_files import FileTokenizer
 from mm.interfaces import Decoded, Encoded, Spec
 from mm.jpeg_codes import Bits
+from mm.jpeg_files import JpegFiles
 from mm.jpeg_machine import JpegMachine, State
-from mm.jpeg_tables import MARKERS, Frame, Tables
+from mm.jpeg_markers import MarkerMachine
+from mm.jpeg_tables import MARKERS, Tables
 
 
-class JpegBytes(FileTokenizer):
+class JpegBytes(JpegFiles):
     """The bytes of a JPEG file of one size, and an id that ends them.
 
     Args:
@@ -65,27 +66,14 @@ class JpegBytes(FileTokenizer):
         )
         self._made(pretrained, config)
 
-    def _facts(self, config: Mapping[str, Any]) -> dict[str, str]:
-        from PIL import features
-
-        blob = jpeg.tables(config["quality"], config["subsampling"])
-        versions = {name: str(features.version(name)) for name in ("pil", "libjpeg_turbo")}
-        return {"tables": blob.hex(), **versions}
-
     def _build(self, config: dict[str, Any], facts: Mapping[str, str]) -> None:
         saved.whole_numbers("size", config["size"])
         saved.whole_number("restart", config["restart"])
         if config["grammar"] not in ("strict", "markers", "none"):
             raise ValueError(f"grammar must be strict, markers or none, got {config['grammar']!r:.20}")
-        height, width = config["size"] if len(config["size"]) == 2 else (0, 0)
-        self.frame = Frame(size=(height, width), subsampling=config["subsampling"], restart=config["restart"])
-        try:
-            self.blob = bytes.fromhex(facts.get("tables", ""))
-        except ValueError as error:
-            raise ValueError("the saved tables are no hexadecimal digits; restore the saved files") from error
-        self.reader = jpeg.Reader(self.frame, self.blob)
+        self.reader = self._reader(config, facts)
+        self.frame = self.reader.frame
         self.header = self.frame.header() if config["strip_header"] else b""
-        self._same_tables: bool | None = None
 
     # ---- the plug-in contract ----------------------------------------------------------------------------------------
 
@@ -95,13 +83,7 @@ class JpegBytes(FileTokenizer):
 
     def file(self, raw: Image.Image) -> bytes:
         """The abbreviated file; without its header, if that is left out."""
-        if self._same_tables is None:
-            self._same_tables = self.blob == jpeg.tables(self.config["quality"], self.config["subsampling"])
-        if not self._same_tables:
-            raise ValueError(
-                f"this version of Pillow writes other tables than that of the saved tokenizer; install Pillow "
-                f"{self.facts.get('pil')} to encode pictures"
-            )
+        self._check_tables("pictures")
         image = pictures.fit(raw, *self.frame.size)
         return jpeg.encode(image, self.frame, self.config["quality"])[len(self.header) :]
 
@@ -109,9 +91,7 @@ class JpegBytes(FileTokenizer):
         """An RGB picture; what can't be read of it is grey, and `reason` begins with the state of the file (`jpeg.Status`)."""
         data, odd = self.bytes_of(encoded)
         read = self.reader.read(self.header + data)
-        status = "repaired" if odd and read.status == "strict" else read.status
-        reason = "; ".join(filter(None, (odd, read.reason)))
-        return Decoded(value=read.picture, valid=not reason, reason=f"{status}: {reason}" if reason else "")
+        return self.judged(read.picture, read.status, odd, read.reason)
 
     def prefix(self, raw: Image.Image, share: float) -> Encoded:
         if not 0 <= share <= 1:
@@ -151,10 +131,8 @@ class JpegBytes(FileTokenizer):
     def machine(self) -> Any:
         match self.config["grammar"]:
             case "strict":
-                return JpegMachine(self.frame, Tables.read(self.blob), b"" if self.header else self.frame.header())
+                return JpegMachine(self.frame, Tables.read(self.reader.blob)) if self.header else self.reader.machine
             case "markers":
-                from mm.jpeg_markers import MarkerMachine
-
                 return MarkerMachine(self.frame, b"" if self.header else self.frame.header())
         return None
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
-from mm import jpeg, jpeg_clips, saved
+from mm import jpeg_clips, saved
 from mm.byte_clips import ClipFiles, ReadClip, check_settings
 from mm.jpeg_clips import ClipMachine
+from mm.jpeg_files import JpegFiles
 from mm.jpeg_machine import JpegMachine
 from mm.jpeg_markers import MarkerMachine
-from mm.jpeg_tables import MARKERS, Frame, Tables
+from mm.jpeg_tables import MARKERS, Tables
 from mm.video import Video
 from mm.video_encoding import Frames
 
@@ -23,7 +24,7 @@ GRAMMARS = ("strict", "markers", "none")
 MAX_FRAMES = 256
 
 
-class MjpegBytes(ClipFiles):
+class MjpegBytes(JpegFiles, ClipFiles):
     """The bytes of JPEG files of one size, as many as a clip has frames, and an id that ends them.
 
     Args:
@@ -70,35 +71,16 @@ class MjpegBytes(ClipFiles):
         )
         self._made(pretrained, config)
 
-    def _facts(self, config: Mapping[str, Any]) -> dict[str, str]:
-        from PIL import features
-
-        blob = jpeg.tables(config["quality"], config["subsampling"])
-        versions = {name: str(features.version(name)) for name in ("pil", "libjpeg_turbo")}
-        return {"tables": blob.hex(), **versions}
-
     def _build(self, config: dict[str, Any], facts: Mapping[str, str]) -> None:
         check_settings(config, GRAMMARS)
         saved.whole_number("frames", config["frames"], 1, MAX_FRAMES)
         saved.whole_number("restart", config["restart"])
-        height, width = config["size"] if len(config["size"]) == 2 else (0, 0)
-        frame = Frame(size=(height, width), subsampling=config["subsampling"], restart=config["restart"])
-        try:
-            blob = bytes.fromhex(facts.get("tables", ""))
-        except ValueError as error:
-            raise ValueError("the saved tables are no hexadecimal digits; restore the saved files") from error
-        self.reader = jpeg.Reader(frame, blob)
-        self.strict = ClipMachine(JpegMachine(frame, Tables.read(blob)), config["frames"])
-        self._same_tables: bool | None = None
+        self.reader = self._reader(config, facts)
+        frame = self.reader.frame
+        self.strict = ClipMachine(JpegMachine(frame, Tables.read(self.reader.blob)), config["frames"])
 
     def written(self, frames: Frames) -> bytes:
-        if self._same_tables is None:
-            self._same_tables = self.reader.blob == jpeg.tables(self.config["quality"], self.config["subsampling"])
-        if not self._same_tables:
-            raise ValueError(
-                f"this version of Pillow writes other tables than that of the saved tokenizer; install Pillow "
-                f"{self.facts.get('pil')} to encode clips"
-            )
+        self._check_tables("clips")
         return jpeg_clips.written(frames, self.reader, self.config["quality"])
 
     def read(self, data: bytes) -> ReadClip:
