@@ -9,7 +9,7 @@ import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from mm.safe_io import atomic_file
 from mm.shapes import Shape, to_npz
 from mm.video import Video, to_webp
 
+AnySource = TypeVar("AnySource", bound=Source)
 Progress = Callable[[int, int], None]
 Entry = tuple[str, dict[str, bytes]]
 """One example of a shard: key, and suffix → member."""
@@ -101,14 +102,18 @@ def to_shards(
     `caption` where the source has a caption format. Broken examples are skipped with a counted warning, or raise if the
     source is strict.
     """
-    return write_shards(_entries(source, progress), out, prefix=prefix, per_shard=per_shard)
+    return write_shards(entries_of(source, _members, progress), out, prefix=prefix, per_shard=per_shard)
 
 
-def _entries(source: Source, progress: Progress | None) -> Iterator[Entry]:
+def entries_of(
+    source: AnySource, members: Callable[[AnySource, int], dict[str, bytes]], progress: Progress | None
+) -> Iterator[Entry]:
+    """The examples of a source, each with what `members` makes of its index. Broken ones are skipped with a counted warning, or
+    raise if the source is strict."""
     skipped: list[str] = []
     for index in range(len(source)):
         try:
-            yield source.key(index), _members(source, index)
+            yield source.key(index), members(source, index)
         except BrokenExample as error:
             if source.strict:
                 raise

@@ -42,7 +42,7 @@ def check_probability(name: str, value: float) -> float:
     return value
 
 
-class _Pair(Template):
+class Pair(Template):
     """A condition, which may be dropped, and what is generated from it."""
 
     def __init__(
@@ -61,7 +61,7 @@ class _Pair(Template):
         return [first, Segment(modality, example[field], loss=True)]
 
 
-class TextToImage(_Pair):
+class TextToImage(Pair):
     """Text, then the picture it asks for. The text is dropped with probability `drop`.
 
     `text` and `image` name the modalities, `text_field` and `image_field` the fields of the example. With `text_loss`
@@ -80,7 +80,7 @@ class TextToImage(_Pair):
         super().__init__((text_field, text), (image_field, image), drop, text_loss)
 
 
-class ImageToText(_Pair):
+class ImageToText(Pair):
     """A picture, then its caption. The picture is dropped with probability `drop` (0: captioning needs no guidance)."""
 
     def __init__(
@@ -95,7 +95,7 @@ class ImageToText(_Pair):
         super().__init__((image_field, image), (text_field, text), drop, image_loss)
 
 
-class TextToVideo(_Pair):
+class TextToVideo(Pair):
     """Text, then the clip it asks for. The text is dropped with probability `drop`."""
 
     def __init__(
@@ -109,7 +109,7 @@ class TextToVideo(_Pair):
         super().__init__((text_field, text), (video_field, video), drop, False)
 
 
-class VideoToText(_Pair):
+class VideoToText(Pair):
     """A clip, then its caption, which is learned. The clip is dropped with probability `drop` (0: captioning needs no
     guidance)."""
 
@@ -266,7 +266,7 @@ def part(item: Encoded, begin: int, end: int) -> Encoded:
     return Encoded(grid=grid, ids=item.ids[kept])
 
 
-class SpeechToText(_Pair):
+class SpeechToText(Pair):
     """A sound, then what is said in it, which is learned. The sound is dropped with probability `drop` (0: recognition needs no
     guidance)."""
 

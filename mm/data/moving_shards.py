@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from mm import video
-from mm.data.convert import Entry, write_shards
-from mm.data.example import BrokenExample, Example, warn_skipped
+from mm.data.convert import entries_of, write_shards
+from mm.data.example import BrokenExample, Example
 from mm.data.moving import MovingSource
 from mm.safe_io import atomic_file, write_text
 from mm.sheet import strips
@@ -34,7 +33,7 @@ def make_moving(
 
     Raises `ValueError` if shards of an earlier run would stay beside the new ones.
     """
-    paths = write_shards(_entries(source, progress), out, prefix="moving", per_shard=per_shard)
+    paths = write_shards(entries_of(source, _members, progress), out, prefix="moving", per_shard=per_shard)
     first = list(itertools.islice(_whole(source), SHOWN))
     sheet = strips([example["video"].frames for example in first], [example["text"] for example in first], columns=16)
     with atomic_file(Path(out) / "moving.png") as temporary:
@@ -52,29 +51,12 @@ def _whole(source: MovingSource) -> Iterator[Example]:
             yield example
 
 
-def _entries(source: MovingSource, progress: Callable[[int, int], None] | None) -> Iterator[Entry]:
-    skipped: list[str] = []
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "clip.webp"
-        for index in range(len(source)):
-            try:
-                yield source.key(index), _members(source[index], file)
-            except BrokenExample as error:  # of a picture that was given
-                if source.strict:
-                    raise
-                skipped.append(str(error))
-            if progress is not None:
-                progress(index + 1, len(source))
-    if skipped:
-        warn_skipped(source.what, len(skipped), len(source), skipped[0])
-
-
-def _members(example: Example, file: Path) -> dict[str, bytes]:
-    video.save_video(file, example["video"])
+def _members(source: MovingSource, index: int) -> dict[str, bytes]:
+    example = source[index]
     fields = {name: value for name, value in example.items() if name not in ("key", "video", "text")}
     fields["caption"] = example["text"]
     fields["track"] = [own.round(3).tolist() for own in example["track"]]
-    return {MEMBER: file.read_bytes(), "json": json.dumps(fields).encode()}
+    return {MEMBER: video.to_webp(example["video"]), "json": json.dumps(fields).encode()}
 
 
 def readme(source: MovingSource) -> str:

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from mm.data.documents import Template, _Pair, check_probability, happens, null_segment
+from mm.data.documents import Pair, Template, check_probability, happens, null_segment
 from mm.layout import Segment
 
 
-class TextToShape(_Pair):
+class TextToShape(Pair):
     """Text, then the shape it asks for. The text is dropped with probability `drop`."""
 
     def __init__(
@@ -25,7 +25,7 @@ class TextToShape(_Pair):
         super().__init__((text_field, text), (shape_field, shape), drop, False)
 
 
-class ShapeToText(_Pair):
+class ShapeToText(Pair):
     """A shape, then its caption, which is learned. The shape is dropped with probability `drop` (0: captioning needs no
     guidance)."""
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from mm.data.convert import Entry, write_shards
+from mm.data.convert import entries_of, write_shards
 from mm.data.shapes import ShapesSource
 from mm.safe_io import atomic_file, write_text
 from mm.shape_views import turntable
@@ -33,7 +33,7 @@ def make_shapes(
 
     Raises `ValueError` if shards of an earlier run would stay beside the new ones.
     """
-    paths = write_shards(_entries(source, progress), out, prefix="shapes", per_shard=per_shard)
+    paths = write_shards(entries_of(source, _members, progress), out, prefix="shapes", per_shard=per_shard)
     first = [source[index] for index in range(min(SHOWN, len(source)))]
     pictures = [np.asarray(turntable(example["shape"].mesh, VIEWS, SIDE)) for example in first]
     sheet = strips(pictures, [example["text"] for example in first], columns=VIEWS)
@@ -43,14 +43,11 @@ def make_shapes(
     return paths
 
 
-def _entries(source: ShapesSource, progress: Callable[[int, int], None] | None) -> Iterator[Entry]:
-    for index in range(len(source)):
-        example = source[index]
-        fields = {name: value for name, value in example.items() if name not in ("key", "shape", "text")}
-        fields["caption"] = example["text"]
-        yield source.key(index), {MEMBER: to_npz(example["shape"]), "json": json.dumps(fields).encode()}
-        if progress is not None:
-            progress(index + 1, len(source))
+def _members(source: ShapesSource, index: int) -> dict[str, bytes]:
+    example = source[index]
+    fields = {name: value for name, value in example.items() if name not in ("key", "shape", "text")}
+    fields["caption"] = example["text"]
+    return {MEMBER: to_npz(example["shape"]), "json": json.dumps(fields).encode()}
 
 
 def readme(source: ShapesSource) -> str:

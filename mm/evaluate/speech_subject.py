@@ -15,6 +15,7 @@ from mm.evaluate.recordings import Recordings, load_recordings
 from mm.evaluate.results import Figure
 from mm.evaluate.speech_control import editing_figures, pace_figures
 from mm.evaluate.speech_figures import hearing_figures, prepare, speaking_figures, tokenizer_figures
+from mm.evaluate.subject import held_model
 from mm.interfaces import ModalityTokenizer
 from mm.listening import NAME
 from mm.model import MultimodalModel
@@ -50,10 +51,7 @@ class SpeechSubject:
         sampling: Mapping[str, Any] | None = None,
         batch: int = 32,
     ) -> None:
-        recommended = dict(model.recommended) if isinstance(model, Pipeline) else {}
-        held = model if isinstance(model, MultimodalModel) else getattr(model, "model", None)
-        if not isinstance(held, MultimodalModel):
-            raise ValueError(f"got a {type(model).__name__} to evaluate; give a model, a pipeline or a training module")
+        held, recommended = held_model(model)
         self.name, self.model, self.options, self.batch = name, held, dict(sampling or {}), batch
         self.speaks = TextToSpeechPipeline(held, recommended, batch)
         self.hears = SpeechToTextPipeline(held, recommended, batch)

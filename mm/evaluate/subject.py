@@ -60,6 +60,15 @@ class Outcome:
     """Of the contact sheet; by default the family of the figures."""
 
 
+def held_model(model: MultimodalModel | Pipeline | Any) -> tuple[MultimodalModel, dict[str, Any]]:
+    """The model that is meant, and the sampling that its pipeline recommends. Raises `ValueError` where there is none."""
+    recommended = dict(model.recommended) if isinstance(model, Pipeline) else {}
+    held = model if isinstance(model, MultimodalModel) else getattr(model, "model", None)
+    if not isinstance(held, MultimodalModel):
+        raise ValueError(f"got a {type(model).__name__} to evaluate; give a model, a pipeline or a training module")
+    return held, recommended
+
+
 class Subject:
     """A model with text and pictures, used the way its pipelines use it.
 
@@ -78,10 +87,7 @@ class Subject:
         sampling: Mapping[str, Any] | None = None,
         batch: int = 32,
     ) -> None:
-        recommended = dict(model.recommended) if isinstance(model, Pipeline) else {}
-        held = model if isinstance(model, MultimodalModel) else getattr(model, "model", None)
-        if not isinstance(held, MultimodalModel):
-            raise ValueError(f"got a {type(model).__name__} to evaluate; give a model, a pipeline or a training module")
+        held, recommended = held_model(model)
         self.name, self.model = name, held
         self.draws = TextToImagePipeline(held, recommended, batch)
         self.writes = ImageToTextPipeline(held, recommended, batch)

@@ -28,6 +28,7 @@ from mm.evaluate.moving_digits import frame_recogniser, recognised
 from mm.evaluate.networks import Judge, Say
 from mm.evaluate.protocol import Protocol
 from mm.evaluate.results import Figure, mean, share
+from mm.evaluate.subject import held_model
 from mm.interfaces import ModalityTokenizer
 from mm.model import MultimodalModel
 from mm.pipelines.base import Pipeline
@@ -88,10 +89,7 @@ class VideoSubject:
         sampling: Mapping[str, Any] | None = None,
         batch: int = 32,
     ) -> None:
-        recommended = dict(model.recommended) if isinstance(model, Pipeline) else {}
-        held = model if isinstance(model, MultimodalModel) else getattr(model, "model", None)
-        if not isinstance(held, MultimodalModel):
-            raise ValueError(f"got a {type(model).__name__} to evaluate; give a model, a pipeline or a training module")
+        held, recommended = held_model(model)
         self.name, self.model, self.options = name, held, dict(sampling or {})
         self.films = TextToVideoPipeline(held, recommended, batch)
         self.sampling = self.films.sampling(self.films.video, self.options)
