@@ -275,7 +275,7 @@ def test_damaged_bytes_are_read_without_complaint(capfd: pytest.CaptureFixture[s
     assert capfd.readouterr() == ("", ""), "FFmpeg doesn't say what it thinks of them"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ten_thousand_damaged_streams_are_read_without_complaint() -> None:
     """In bounded memory, FFmpeg's too, which is not Python's."""
     import resource

@@ -108,7 +108,7 @@ def memorised(tokenizer: MjpegBytes, count: int, steps: int, width: int) -> int:
     return sum(tokenizer.bytes_of(one)[0] == tokenizer.file(clip) for one, clip in zip(made, clips, strict=True))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @needs_av
 def test_ten_streams_are_memorised_byte_for_byte() -> None:
     from mm.tokenizers.avc_bytes import AvcBytes
@@ -116,6 +116,6 @@ def test_ten_streams_are_memorised_byte_for_byte() -> None:
     assert memorised(AvcBytes(size=(32, 32), frames=8, vocab=512), 10, 300, 96) == 10  # type: ignore[arg-type]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ten_clips_of_files_are_memorised_byte_for_byte() -> None:
     assert memorised(MjpegBytes(size=(32, 32), frames=4), 10, 300, 96) == 10

@@ -285,7 +285,7 @@ def test_damaged_bytes_are_read_without_complaint() -> None:
     assert not ImageFile.LOAD_TRUNCATED_IMAGES
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ten_thousand_damaged_files_are_read_without_complaint() -> None:
     import tracemalloc
 

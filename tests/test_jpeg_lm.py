@@ -86,7 +86,7 @@ def test_every_sample_is_a_strict_file(settings: dict[str, Any]) -> None:
     assert len(lengths) > 3
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_hundreds_of_samples_are_strict_files() -> None:
     tokenizer, generator = trained(strip_header=True), torch.Generator().manual_seed(1)
     for number in range(400):
@@ -312,7 +312,7 @@ def test_a_few_files_are_memorised_byte_for_byte() -> None:
     assert same == count
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_64_files_are_memorised_byte_for_byte() -> None:
     same, count = memorised(64, 600, 128)
     assert same == count

@@ -193,7 +193,7 @@ def test_damaged_bytes_are_read_without_complaint() -> None:
     assert found["partial"] > 10 and found["invalid"] < 20
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ten_thousand_damaged_clips_are_read_without_complaint() -> None:
     import tracemalloc
 
