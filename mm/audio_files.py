@@ -11,21 +11,20 @@ Letters in shapes: S samples.
 
 from __future__ import annotations
 
-import io
 import os
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from typing import IO, Any, cast
 
 import numpy as np
 
+from mm.file_sources import FileSource as FileSource
+from mm.file_sources import Said, opened
 from mm.video_boxes import SOUND, check_mp4
 
 Samples = np.ndarray[Any, np.dtype[np.float32]]
-FileSource = str | os.PathLike[str] | bytes | IO[bytes]
-"""A path, the bytes of a file, or an open binary file."""
+SAID = Said("sound", "a sound file", "a path, bytes, a binary file, mm.Audio or (rate, array)")
 
 MAX_RATE = 768_000
 MAX_CHANNELS = 64
@@ -59,7 +58,7 @@ def decode_blocks(source: FileSource, max_seconds: float, max_bytes: int) -> Ite
             `max_seconds`. The caller counts what is decoded: the header may lie.
     """
     name = source_name(source)
-    with _opened(source, name, max_bytes) as file:
+    with opened(source, name, SAID, max_bytes) as file:
         start = file.read(16)
         file.seek(0)
         kind = file_kind(start)
@@ -101,41 +100,6 @@ def average(block: np.ndarray[Any, Any]) -> Samples:
     """[S, channels] → [S]. What overflows becomes infinite, which callers refuse."""
     with np.errstate(over="ignore", invalid="ignore"):
         return block[:, 0].astype(np.float32) if block.shape[1] == 1 else block.mean(1, dtype=np.float32)
-
-
-@contextmanager
-def _opened(source: Any, name: str, max_bytes: int) -> Iterator[IO[bytes]]:
-    if isinstance(source, str | os.PathLike):
-        if not os.path.isfile(source):  # opening a pipe would wait for its writer for ever
-            problem = "not a file" if os.path.exists(source) else "missing"  # of names that are too long too
-            raise ValueError(f"{name} is {problem}; give the path of a sound file")
-        try:
-            opened = open(source, "rb")  # noqa: SIM115 (closed below)
-        except OSError as error:
-            raise ValueError(f"{name} can't be read: {error.strerror or error}") from error
-        with opened as file:
-            _check_size(name, os.fstat(file.fileno()).st_size, max_bytes)
-            yield file
-        return
-    if isinstance(source, bytes | bytearray | memoryview):
-        data = bytes(source)
-    elif hasattr(source, "read"):
-        data = source.read(max_bytes + 1)
-        if not isinstance(data, bytes):
-            raise ValueError("the sound comes from a file opened as text; open it in binary mode ('rb')")
-    else:
-        raise ValueError(
-            f"got a {type(source).__name__} for a sound; give a path, bytes, a binary file, mm.Audio or (rate, array)"
-        )
-    _check_size(name, len(data), max_bytes)
-    yield io.BytesIO(data)
-
-
-def _check_size(name: str, size: int, max_bytes: int) -> None:
-    if not size:
-        raise ValueError(f"{name} is an empty file")
-    if size > max_bytes:
-        raise ValueError(f"{name} is larger than {max_bytes:,} bytes; give a smaller file or raise max_bytes")
 
 
 def _check_header(name: str, rate: int, channels: int, seconds: float | None, max_seconds: float) -> None:

@@ -10,7 +10,6 @@ Letters in shapes: H rows, W columns.
 
 from __future__ import annotations
 
-import io
 import itertools
 import os
 from collections.abc import Iterator
@@ -22,6 +21,8 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
+from mm.file_sources import FileSource, Said
+from mm.file_sources import opened as open_source
 from mm.media import MAX_SIDE, load_image
 from mm.video_boxes import check_mp4, check_webm
 
@@ -30,8 +31,7 @@ if TYPE_CHECKING:
 
 Frame = np.ndarray[Any, np.dtype[np.uint8]]
 """uint8 [H, W, 3]."""
-FileSource = str | os.PathLike[str] | bytes | IO[bytes]
-"""A path, the bytes of a file, or an open binary file."""
+SAID = Said("video", "a video file or of a folder of pictures", "a path, bytes or a binary file")
 
 MAX_DECODED = 1 << 16
 """Most frames of a file that are decoded, kept or not."""
@@ -128,7 +128,7 @@ def opened(source: FileSource, name: str, limits: Limits) -> Iterator[Clip]:
     Raises:
         ValueError: missing, empty, larger than the limits, of an unknown kind, or damaged; also while frames are read.
     """
-    with _opened(source, name, limits.bytes) as file:
+    with open_source(source, name, SAID, limits.bytes) as file:
         start = file.read(32)
         file.seek(0)
         kind = file_kind(start[:16])
@@ -139,34 +139,6 @@ def opened(source: FileSource, name: str, limits: Limits) -> Iterator[Clip]:
             yield _animation(file, name, limits, kind, start)
         else:
             yield _still(file.read(), name, limits)
-
-
-@contextmanager
-def _opened(source: Any, name: str, max_bytes: int) -> Iterator[IO[bytes]]:
-    if isinstance(source, str | os.PathLike):
-        if not os.path.isfile(source):  # opening a pipe would wait for its writer for ever
-            problem = "not a file" if os.path.exists(source) else "missing"  # of names that are too long too
-            raise ValueError(f"{name} is {problem}; give the path of a video file or of a folder of pictures")
-        try:
-            file = open(source, "rb")  # noqa: SIM115 (closed below)
-        except OSError as error:
-            raise ValueError(f"{name} can't be read: {error.strerror or error}") from error
-        with file:
-            _check_bytes(name, os.fstat(file.fileno()).st_size, max_bytes)
-            yield file
-        return
-    data = bytes(source) if isinstance(source, bytes | bytearray | memoryview) else source.read(max_bytes + 1)
-    if not isinstance(data, bytes):
-        raise ValueError("the video comes from a file opened as text; open it in binary mode ('rb')")
-    _check_bytes(name, len(data), max_bytes)
-    yield io.BytesIO(data)
-
-
-def _check_bytes(name: str, size: int, max_bytes: int) -> None:
-    if not size:
-        raise ValueError(f"{name} is an empty file")
-    if size > max_bytes:
-        raise ValueError(f"{name} is larger than {max_bytes:,} bytes; give a smaller file or raise max_bytes")
 
 
 # --- Pillow ---------------------------------------------------------------------------------------------------------
