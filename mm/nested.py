@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import importlib
 import re
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
+from mm import safe_io, saved
 from mm.interfaces import ModalityTokenizer
 
 OWN = re.compile(r"(mm\.tokenizers\.[a-z][a-z0-9_]{0,60})\.([A-Z][A-Za-z0-9]{0,60})")
@@ -46,3 +48,53 @@ def load(path: Any, folder: Path) -> ModalityTokenizer:
         raise ValueError(f"{cls.__name__} is not saved in a folder, so it can't be inside another tokenizer")
     loaded: ModalityTokenizer = cls.from_directory(folder)
     return loaded
+
+
+# --- a tokenizer around one other ------------------------------------------------------------------------------------
+
+
+def save_around(
+    path: str | Path, form: str, fingerprint: str, name: str, inner: ModalityTokenizer, others: Mapping[str, Any]
+) -> None:
+    """Write `config.json` and the folder `name` of the inner tokenizer into the folder `path`, both or neither. Its class stands
+    as `name` among the settings."""
+    with safe_io.atomic_folder(path, last=saved.CONFIG) as folder:
+        settings = {name: save(inner, folder / name), **others}
+        safe_io.write_json(folder / saved.CONFIG, {"format": form, "fingerprint": fingerprint, "config": settings})
+
+
+class Around:
+    """What `save_around` wrote, up to the inner tokenizer.
+
+    Args:
+        outer: class of the tokenizer; none of its kind may be inside.
+        names: of its settings, `name` left out.
+        what, inside: how messages call it, and one of its kind inside.
+
+    Raises:
+        ValueError: files that are missing or damaged, or not what was saved.
+    """
+
+    def __init__(
+        self, folder: Path, form: str, name: str, outer: type[Any], names: Set[str], what: str, inside: str
+    ) -> None:
+        file = safe_io.inside(folder, saved.CONFIG)
+        found = safe_io.read_json(file, max_bytes=saved.MAX_CONFIG_BYTES)
+        config = found.get("config")
+        if found.get("format") != form or not isinstance(config, dict) or set(config) != {name, *names}:
+            raise ValueError(f"{file} does not describe {what}: expected format {form!r} and its settings")
+        if issubclass(find_class(config[name]), outer):  # told before it is opened: it could go on without end
+            raise ValueError(f"{file} has {inside}")
+        self.folder, self.name, self.config, self.fingerprint = folder, name, config, found.get("fingerprint")
+
+    def load(self) -> ModalityTokenizer:
+        """The inner tokenizer. Raises `ValueError` as `load`."""
+        return load(self.config[self.name], safe_io.inside(self.folder, self.name))
+
+    def check(self, fingerprint: str) -> None:
+        """Raises `ValueError` where the files were not saved together."""
+        if fingerprint != self.fingerprint:
+            raise ValueError(
+                f"{self.folder} has fingerprint {fingerprint}, its {saved.CONFIG} says {str(self.fingerprint)[:60]!r}: "
+                "restore the files that were saved together"
+            )

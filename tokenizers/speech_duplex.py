@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from mm import nested, safe_io, saved
+from mm import nested, saved
 from mm.audio import Audio
 from mm.interfaces import Decoded, Encoded, ModalityTokenizer, Spec
 from mm.listening import NAME, Dialogue, Ear
@@ -148,34 +148,17 @@ class SpeechDuplex(ModalityTokenizer, nn.Module):
 
     def save(self, path: str | Path) -> None:
         """Write `config.json` and the codec's folder into the folder `path`, both or neither."""
-        with safe_io.atomic_folder(path, last=saved.CONFIG) as folder:
-            inner = nested.save(self.codec, folder / INNER)
-            settings = {"codec": inner, "bins": self.ear.bins, "history": self.ear.history}
-            safe_io.write_json(
-                folder / saved.CONFIG, {"format": FORM, "fingerprint": self.spec.fingerprint, "config": settings}
-            )
+        others = {"bins": self.ear.bins, "history": self.ear.history}
+        nested.save_around(path, FORM, self.spec.fingerprint, INNER, self.codec, others)
 
     @classmethod
     def from_directory(cls, path: str | Path) -> SpeechDuplex:
         """A saved tokenizer, in evaluation mode. Raises `ValueError` for files that are missing, damaged, or not what was
         saved."""
-        folder = Path(path)
-        file = safe_io.inside(folder, saved.CONFIG)
-        found = safe_io.read_json(file, max_bytes=saved.MAX_CONFIG_BYTES)
-        config = found.get("config")
-        if found.get("format") != FORM or not isinstance(config, dict) or set(config) != {"codec", "bins", "history"}:
-            raise ValueError(f"{file} does not describe a speech duplex: expected format {FORM!r} and its settings")
-        if issubclass(
-            nested.find_class(config["codec"]), SpeechDuplex
-        ):  # told before it is opened: it could go on without end
-            raise ValueError(f"{file} has a duplex inside a duplex; expected a codec of sound")
-        codec = nested.load(config["codec"], safe_io.inside(folder, INNER))
-        made = cls(codec, config["bins"], config["history"]).eval()
-        if made.spec.fingerprint != found.get("fingerprint"):
-            raise ValueError(
-                f"{folder} has fingerprint {made.spec.fingerprint}, its {saved.CONFIG} says "
-                f"{str(found.get('fingerprint'))[:60]!r}: restore the files that were saved together"
-            )
+        inside = "a duplex inside a duplex; expected a codec of sound"
+        found = nested.Around(Path(path), FORM, INNER, SpeechDuplex, {"bins", "history"}, "a speech duplex", inside)
+        made = cls(found.load(), found.config["bins"], found.config["history"]).eval()
+        found.check(made.spec.fingerprint)
         return made
 
     @classmethod

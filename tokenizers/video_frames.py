@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from mm import nested, safe_io, saved
+from mm import nested, saved
 from mm.interfaces import Decoded, Encoded, ModalityTokenizer, Spec
 from mm.latent_videos import Clip, check_clip, given_clip
 from mm.video import Video
@@ -127,35 +127,18 @@ class VideoFrames(ModalityTokenizer, nn.Module):
 
     def save(self, path: str | Path) -> None:
         """Write `config.json` and the picture tokenizer's folder into the folder `path`, both or neither."""
-        with safe_io.atomic_folder(path, last=saved.CONFIG) as folder:
-            inner = nested.save(self.pictures, folder / INNER)
-            settings = {"pictures": inner, "frames": self.frames, "fps": self.fps}
-            safe_io.write_json(
-                folder / saved.CONFIG, {"format": FORM, "fingerprint": self.spec.fingerprint, "config": settings}
-            )
+        others = {"frames": self.frames, "fps": self.fps}
+        nested.save_around(path, FORM, self.spec.fingerprint, INNER, self.pictures, others)
 
     @classmethod
     def from_directory(cls, path: str | Path) -> VideoFrames:
         """A saved tokenizer, in evaluation mode. Raises `ValueError` for files that are missing, damaged, or not what was
         saved."""
-        folder = Path(path)
-        file = safe_io.inside(folder, saved.CONFIG)
-        found = safe_io.read_json(file, max_bytes=saved.MAX_CONFIG_BYTES)
-        config = found.get("config")
-        if found.get("format") != FORM or not isinstance(config, dict) or set(config) != {"pictures", "frames", "fps"}:
-            raise ValueError(f"{file} does not describe frames as pictures: expected format {FORM!r} and its settings")
-        if issubclass(
-            nested.find_class(config["pictures"]), VideoFrames
-        ):  # before it is opened: it could go on without end
-            raise ValueError(f"{file} has frames inside frames; expected a tokenizer of pictures")
-        check_clip(config)
-        inner = nested.load(config["pictures"], safe_io.inside(folder, INNER))
-        made = cls(inner, config["frames"], config["fps"]).eval()
-        if made.spec.fingerprint != found.get("fingerprint"):
-            raise ValueError(
-                f"{folder} has fingerprint {made.spec.fingerprint}, its {saved.CONFIG} says "
-                f"{str(found.get('fingerprint'))[:60]!r}: restore the files that were saved together"
-            )
+        inside = "frames inside frames; expected a tokenizer of pictures"
+        found = nested.Around(Path(path), FORM, INNER, VideoFrames, {"frames", "fps"}, "frames as pictures", inside)
+        check_clip(found.config)
+        made = cls(found.load(), found.config["frames"], found.config["fps"]).eval()
+        found.check(made.spec.fingerprint)
         return made
 
     @classmethod
