@@ -165,6 +165,9 @@ def test_what_cannot_work_is_refused() -> None:
     for augment, sampling in ((0.0, 0.1), (1.0, 0.0), (0.1, 0.2), (-0.1, -0.1)):
         with pytest.raises(ValueError, match="at no later one than in training"):
             Blocks(augment=augment, augment_sampling=sampling)
+    for settings in ({"lead": 1}, {"frames": 2, "lead": 3}, {"frames": 2, "lead": 1, "shift": False}):
+        with pytest.raises(ValueError, match="the first block has 1 to"):
+            Blocks(**settings)  # type: ignore[arg-type]
 
 
 # --- generation -------------------------------------------------------------------------------------------------------
@@ -249,6 +252,22 @@ class Watched:
 
     def __exit__(self, *_: Any) -> None:
         self.patch.undo()
+
+
+@pytest.mark.parametrize("window", [0, 4])
+def test_a_clip_may_begin_as_a_picture(window: int) -> None:
+    """With `lead` 1 the first block is the first frame; given frames are gone on from as without."""
+    one, plain = model(lead=1, window=window), model(window=window)
+    plain.load_state_dict(one.state_dict())
+    request = ask(5, seed=3)
+    with Watched() as watched:
+        ((made,),) = Engine(one).generate([request])
+    sizes = [len(p.layout.element) for p in watched.asked[::STEPS] if p.layout is not None]
+    assert sizes == [AREA, 2 * AREA, 2 * AREA]
+    same([[made]], Uncached(one).generate([request]))
+    assert not torch.equal(made.content.latents, Engine(plain).generate([request])[0][0].content.latents)
+    given = ask(5, given=2, seed=3)
+    same(Engine(one).generate([given]), Engine(plain).generate([given]))
 
 
 def test_frames_that_are_not_whole_or_not_first_cannot_be_given() -> None:

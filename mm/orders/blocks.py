@@ -69,6 +69,7 @@ class Blocks(Order):
         augment: float = 0.0,
         augment_sampling: float = 0.0,
         window: int = 0,
+        lead: int = 0,
     ) -> None:
         if min(block, frames) < 0:
             raise ValueError(f"a block has at least one element (0: the whole item is one), got {min(block, frames)}")
@@ -86,7 +87,12 @@ class Blocks(Order):
                 f"a window of {window} frames needs blocks of frames, without infill and not along a text, and where training "
                 "doesn't shift the blocks as many frames as whole blocks have"
             )
-        self.infill, self.along, self.window = infill, along, window
+        if lead < 0 or (lead and (lead > frames or infill or lead != frames and not shift)):
+            raise ValueError(
+                f"the first block has 1 to {frames} frames (0: as many as the others), where training shifts the blocks and "
+                f"fills in nothing; got lead {lead} with frames {frames}"
+            )
+        self.infill, self.along, self.window, self.lead = infill, along, window, lead
         self.block, self.frames, self.shift, self.time_condition = block, frames, shift, time_condition
         self.augment, self.augment_sampling = augment, augment_sampling
         self.process, self.sampler = settings(Process, process), settings(Sampler, sampler)
@@ -209,7 +215,7 @@ class BlocksSession(Session):
         self.count, self.place = math.prod(grid), coordinates(grid)
         self.unit, self.size = order.unit(grid), order.size(grid)
         self.window = order.window * self.unit or self.count
-        self._blocks(blocks(self.count, self.size))
+        self._blocks(blocks(self.count, self.size, -order.lead * self.unit % self.size))
         self.values = torch.zeros(self.count, dim)
         self.current, self.step, self.fresh = 0, 0, list[int]()
         self.first = 0
