@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mm.soft_codes import SoftCodebook
 
 if TYPE_CHECKING:
+    from mm.backbone import Backbone, Block
     from mm.interfaces import Spec
     from mm.model import MultimodalModel
     from mm.vocabulary import Entry
@@ -28,6 +29,8 @@ def adopt(model: MultimodalModel, path_or_name: str | os.PathLike[str]) -> list[
     made from the checkpoint's (its `origin` is that one's fingerprint) takes over the embeddings of its ids: as rows of a soft
     codebook (`mm.soft_codes`), or, if it has the same sub-codes and further ids after them, as their first ids and logits.
 
+    A backbone with more layers computes at first what the checkpoint's does (`grow`).
+
     Raises:
         ValueError: another backbone, another host tokenizer, or modalities in another order; nothing is changed then.
     """
@@ -36,6 +39,8 @@ def adopt(model: MultimodalModel, path_or_name: str | os.PathLike[str]) -> list[
     other = load_pretrained(path_or_name)
     for name, value in model.backbone.config.to_dict().items():
         theirs = other.backbone.config.to_dict()[name]
+        if name == "layers" and cast(int, value) >= cast(int, theirs):
+            continue
         if theirs != value and name not in ("dropout", "checkpointing"):
             raise ValueError(f"the checkpoint's backbone has {name} {theirs}, this one {value}; use the checkpoint's")
     mine, host = model.vocabulary, other.vocabulary.host
@@ -53,7 +58,7 @@ def adopt(model: MultimodalModel, path_or_name: str | os.PathLike[str]) -> list[
     model.null_seen = other.null_seen or model.null_seen
     model.voices = other.voices or model.voices
     taken = ["backbone", "embedding", f"heads.{host.name}"]
-    model.backbone.load_state_dict(other.backbone.state_dict())
+    grow(model.backbone, other.backbone)
     first = mine.entries[1].start if len(mine.entries) > 1 else len(mine)
     model.embedding.weight[:first] = other.embedding.weight[:first]
     _copy(model.heads[host.name], other.heads[host.name])
@@ -65,6 +70,20 @@ def adopt(model: MultimodalModel, path_or_name: str | os.PathLike[str]) -> list[
         if number:
             taken += _adopt_modality(model, other, mine[name], other.vocabulary[name])
     return taken
+
+
+def grow(into: Backbone, source: Backbone) -> None:
+    """Copy a backbone into one with as many layers or more. The further layers lie evenly between the others, each a copy of the
+    one before whose output projections are zero, so that it adds nothing yet (block expansion: Wu et al. 2024, LLaMA Pro,
+    section 3.2)."""
+    into.load_state_dict(source.state_dict(), strict=False)  # what isn't of a layer
+    few, many = len(source.blocks), len(into.blocks)
+    for number, block in enumerate(into.blocks):
+        origin = number * few // many
+        block.load_state_dict(source.blocks[origin].state_dict())
+        if number and origin == (number - 1) * few // many:
+            for projection in (cast("Block", block).attention.out, cast("Block", block).mlp.down):
+                projection.weight.zero_()
 
 
 def _adopt_modality(model: MultimodalModel, other: MultimodalModel, mine: Entry, theirs: Entry) -> list[str]:

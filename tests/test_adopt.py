@@ -105,10 +105,24 @@ def test_what_is_taken_is_said(base: Path) -> None:
     assert fingerprint(same) == fingerprint(load_pretrained(base))
 
 
+@pytest.mark.parametrize("layers", [3, 5])
+def test_a_deeper_backbone_begins_as_the_one_it_adopts(base: Path, layers: int) -> None:
+    old = load_pretrained(base)
+    config = BackboneConfig(**{**BACKBONE, "layers": layers})
+    new = MultimodalModel(config, [text(), picture(vq(base), LMHead())], context=64)
+    adopt(new, base)
+    stream = batch(old)
+    assert torch.allclose(old.eval()(stream), new.eval()(stream), atol=1e-6)
+    new.train().loss(stream).total.backward()
+    for block in new.backbone.blocks:
+        for projection in (block.attention.out, block.mlp.down):  # type: ignore[union-attr]
+            assert projection.weight.grad.abs().sum() > 0, "what adds nothing yet can learn to"  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("backbone", "the checkpoint's backbone has layers 2, this one 3; use the checkpoint's"),
+        ("backbone", "the checkpoint's backbone has layers 2, this one 1; use the checkpoint's"),
         ("host", "use the checkpoint's text tokenizer"),
         ("order", "the modalities here are text, other, the checkpoint's text, image; begin with the same ones"),
     ],
@@ -116,7 +130,7 @@ def test_what_is_taken_is_said(base: Path) -> None:
 def test_what_does_not_fit_is_refused_and_nothing_changed(base: Path, change: str, message: str) -> None:
     from mm.testing import Palette
 
-    config = BackboneConfig(**{**BACKBONE, "layers": 3 if change == "backbone" else 2})
+    config = BackboneConfig(**{**BACKBONE, "layers": 1 if change == "backbone" else 2})
     host = text()
     if change == "host":
         host = replace(host, tokenizer=Palette(3))
