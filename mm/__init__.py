@@ -11,8 +11,11 @@ if TYPE_CHECKING:  # what `__getattr__` finds at run time, for type checkers and
     from mm.audio import Audio as Audio
     from mm.audio import load_audio as load_audio
     from mm.pipelines.any_to_any import AnyToAnyPipeline as AnyToAnyPipeline
+    from mm.pipelines.image_to_3d import ImageTo3DPipeline as ImageTo3DPipeline
     from mm.pipelines.image_to_text import ImageToTextPipeline as ImageToTextPipeline
+    from mm.pipelines.shape_to_text import ShapeToTextPipeline as ShapeToTextPipeline
     from mm.pipelines.speech_to_text import SpeechToTextPipeline as SpeechToTextPipeline
+    from mm.pipelines.text_to_3d import TextTo3DPipeline as TextTo3DPipeline
     from mm.pipelines.text_to_image import TextToImagePipeline as TextToImagePipeline
     from mm.pipelines.text_to_speech import Edit as Edit
     from mm.pipelines.text_to_speech import TextToSpeechPipeline as TextToSpeechPipeline
@@ -26,8 +29,11 @@ _LAZY = {
     "AnyToAnyPipeline": "mm.pipelines.any_to_any",
     "Audio": "mm.audio",
     "Edit": "mm.pipelines.text_to_speech",
+    "ImageTo3DPipeline": "mm.pipelines.image_to_3d",
     "ImageToTextPipeline": "mm.pipelines.image_to_text",
+    "ShapeToTextPipeline": "mm.pipelines.shape_to_text",
     "SpeechToTextPipeline": "mm.pipelines.speech_to_text",
+    "TextTo3DPipeline": "mm.pipelines.text_to_3d",
     "TextToImagePipeline": "mm.pipelines.text_to_image",
     "TextToSpeechPipeline": "mm.pipelines.text_to_speech",
     "TextToVideoPipeline": "mm.pipelines.text_to_video",
@@ -40,8 +46,11 @@ __all__ = [
     "AnyToAnyPipeline",
     "Audio",
     "Edit",
+    "ImageTo3DPipeline",
     "ImageToTextPipeline",
+    "ShapeToTextPipeline",
     "SpeechToTextPipeline",
+    "TextTo3DPipeline",
     "TextToImagePipeline",
     "TextToSpeechPipeline",
     "TextToVideoPipeline",

@@ -24,7 +24,7 @@ from mm.interfaces import Decoded, Encoded, ModalityTokenizer, Sampling
 from mm.layout import NULL, Segment
 from mm.media import load_image
 from mm.model import MultimodalModel
-from mm.pipelines.media import ANIMATED, CLIPS, FILMS, SPEAKERS, Medium, longest, medium_of, most_frames
+from mm.pipelines.media import ANIMATED, CLIPS, FILMS, MODELLERS, SPEAKERS, Medium, longest, medium_of, most_frames
 from mm.video import Video, VideoSource, load_video
 
 P = TypeVar("P", bound="Pipeline")
@@ -125,6 +125,11 @@ class Pipeline:
     def video(self) -> str:
         """Name of the first modality beside the host whose tokenizer is one of video. Raises `ValueError` where there is none."""
         return self._first("video", f"video; it has {{}}; {FILMS}")
+
+    @property
+    def shape(self) -> str:
+        """Name of the first modality beside the host whose tokenizer is one of shapes. Raises `ValueError` if there is none."""
+        return self._first("shape", f"shapes; it has {{}}; {MODELLERS}")
 
     @property
     def media(self) -> frozenset[Medium]:

@@ -1,4 +1,4 @@
-"""What pictures, sounds and clips a model has: told by the specs of its tokenizers, and, of what is given, by file names."""
+"""What pictures, sounds, clips and shapes a model has: by the specs of its tokenizers, and, of what is given, by file names."""
 
 from __future__ import annotations
 
@@ -7,24 +7,33 @@ from typing import Literal
 
 from mm.audio import READ
 from mm.interfaces import ModalityTokenizer, Spec
+from mm.shape_files import EXTENSIONS as SOLIDS
 from mm.video import ANIMATIONS, EXTENSIONS
 
-Medium = Literal["picture", "sound", "video"]
+Medium = Literal["picture", "sound", "video", "shape"]
 SOUNDS = frozenset(f".{name}" for name in READ)
 """Endings of files that are taken for sounds, where a picture could stand too."""
 ANIMATED = frozenset(f".{name}" for name in ANIMATIONS)
 CLIPS = frozenset(f".{name}" for name in EXTENSIONS) | ANIMATED
 """Endings of files that are videos, or may be (`ANIMATED`)."""
+SHAPES = frozenset(f".{name}" for name in SOLIDS)
+"""Endings of files that are meshes; shapes as grids are `.npz` files."""
 SPEAKERS = (
     "models that speak or listen are those trained with mm fit -c configs/systems/ardit.yaml, musicgen.yaml or asr.yaml"
 )
 """What to use instead of a model without sound."""
 FILMS = "models that make or read video are those trained with mm fit -c configs/systems/vid_gpt.yaml or video_vq.yaml"
 """What to use instead of a model without video."""
+MODELLERS = (
+    "models of shapes are those trained with mm fit -c configs/systems/sar3d.yaml, voxel_lm.yaml or mesh_lm.yaml"
+)
+"""What to use instead of a model without shapes."""
 
 
 def medium_of(spec: Spec) -> Medium | None:
     """What a tokenizer's elements stand for, by its spec; None: text, or vectors of none of these."""
+    if spec.voxels > 0:
+        return "shape"
     if spec.sample_rate > 0:
         return "sound"
     if spec.fps > 0:

@@ -6,8 +6,10 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
+from jaxtyping import Bool
 from PIL import Image
 
 from mm import safe_io
@@ -17,10 +19,18 @@ from mm.sheet import grid, strips
 from mm.video import WRITTEN as WRITTEN_VIDEOS
 from mm.video import Frames, Video, has_av, save_video
 
+if TYPE_CHECKING:  # imported where it is used, so that `import mm` stays fast
+    from trimesh import Trimesh
+
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 TEXTS = (".txt", ".md")
 SOUNDS = WRITTEN
 VIDEOS = WRITTEN_VIDEOS
+MESHES = (".glb", ".obj", ".stl", ".ply", ".off")
+SHOWN = (".gif", ".png")
+"""Endings with which a mesh is written as pictures: once round it, or from one side."""
+TURN_FPS = 12
+"""Frames a second of a turntable."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +143,56 @@ class VideoOutput:
     def sheet(self, columns: int = 8, scale: int | None = None) -> Image.Image:
         """All clips on one picture, a row each: up to `columns` frames, evenly spread, and the captions below."""
         return strips(self.videos, self.captions, columns, scale)
+
+
+@dataclass(frozen=True)
+class MeshOutput:
+    """Shapes, prompt by prompt and within a prompt number by number."""
+
+    meshes: list[Trimesh]
+    """Closed surfaces in the unit cube, y up; without faces where nothing was made."""
+    grids: list[Bool[np.ndarray, "N N N"]]
+    """Which cells of the cube are inside, [x, y, z]."""
+    captions: list[str]
+    """The prompt of each shape, or the name of the file it was made from."""
+    tokens: list[Encoded]
+    valid: list[bool]
+    """Whether each decoded without repair, and isn't empty."""
+    reasons: list[str]
+    """What was repaired or is missing, or ""."""
+    seed: int
+    """What to pass as `seed` to get the same again."""
+
+    def save(self, path: str | os.PathLike[str]) -> list[Path]:
+        """Write one mesh to `path`, several to numbered files beside it (`name-01.glb`), into a folder if it is one.
+
+        The format follows the ending: .glb (also without one), .obj, .stl, .ply, .off; .gif for a film once round the shape,
+        .png for a picture. Each file is written whole or not at all. Raises `ValueError` for an unknown ending.
+        """
+        from mm.shape_files import save_mesh
+        from mm.shape_views import turntable
+
+        places = numbered(path, len(self.meshes), "shape", (*MESHES, *SHOWN))
+        for place, mesh in zip(places, self.meshes, strict=True):
+            match place.suffix.lower():
+                case ".gif":
+                    save_video(place, turntable(mesh), TURN_FPS)
+                case ".png":
+                    save_picture(portrait(mesh, 256), place)
+                case _:
+                    save_mesh(place, mesh)
+        return places
+
+    def sheet(self, columns: int | None = None, size: int = 128) -> Image.Image:
+        """All shapes on one picture, each seen from the same side, with its caption below."""
+        return grid([portrait(mesh, size) for mesh in self.meshes], columns, self.captions, 1)
+
+
+def portrait(mesh: Trimesh, size: int) -> Image.Image:
+    """A mesh seen from the front, a little from the right and from above."""
+    from mm.shape_views import turntable
+
+    return Image.fromarray(turntable(mesh, 1, size)[0])
 
 
 @dataclass(frozen=True)
