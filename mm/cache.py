@@ -56,6 +56,24 @@ class KVCache:
     def reset(self, row: int) -> None:
         self.lengths[row] = 0
 
+    def move(self, old: int, new: int) -> None:
+        """What one row holds stands in another one from now on."""
+        length = self.lengths[old]
+        self.keys[:, new, :length] = self.keys[:, old, :length]
+        self.values[:, new, :length] = self.values[:, old, :length]
+        self.order[new, :length] = self.order[old, :length]
+        self.lengths[new], self.lengths[old] = length, 0
+
+    def grow(self, rows: int, capacity: int) -> None:
+        """Room for so many rows of so many positions, neither fewer than before; what is held stays."""
+        before, room = self.capacity, (rows - len(self.lengths), capacity - self.capacity)
+        assert min(room) >= 0
+        self.keys, self.values = (F.pad(x, (0, 0, 0, 0, 0, room[1], 0, room[0])) for x in (self.keys, self.values))
+        order, self.order = self.order, np.zeros((rows, capacity), dtype=np.int64)
+        self.order[: len(order), :before] = order
+        self.lengths += [0] * room[0]
+        self.capacity = capacity
+
     def plan(self, chunks: Sequence[Chunk]) -> Cached:
         """The plan of one pass; chunks in ascending row order. Raises `ValueError` when a row would outgrow the cache."""
         for chunk in chunks:

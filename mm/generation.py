@@ -98,7 +98,7 @@ class Engine:
         finally:
             model.train(training)
         # copies made outside inference mode are ordinary tensors, which training may use
-        return [[replace(s, content=_ordinary(s.content)) for s in row] for row in made]
+        return [[replace(s, content=ordinary(s.content)) for s in row] for row in made]
 
     def _run(self, requests: Sequence[Request], on_step: Callable[[Event], None] | None) -> list[list[Segment]]:
         model, count = self.model, len(requests)
@@ -115,24 +115,30 @@ class Engine:
             model.backbone.config, count * (1 + twins), capacity, model.device, model.embedding.weight.dtype
         )
         step = SingleStep(model.backbone, cache) if SingleStep.fits(model.backbone) else None
-        while True:
-            feeds = [feed for row in rows for feed in row.feeds()]
-            if not feeds:
-                return [row.segments for row in rows]
-            for feed in feeds:
-                if feed.reset:
-                    cache.reset(feed.slot(count))
-            feeds.sort(key=lambda f: f.slot(count))
-            hidden = self._forward(feeds, cache, count, step)
-            for feed in feeds:
-                if feed.forgotten is not None:
-                    cache.forget(feed.slot(count), feed.forgotten, model.backbone.rotary)
-            self._sample(rows, feeds, hidden)
+        while self._pass(rows, cache, count, step):
             if on_step is not None:
                 for row in rows:
                     event = row.event()
                     if event is not None:
                         on_step(Event(row.number, *event))
+        return [row.segments for row in rows]
+
+    def _pass(self, rows: list[Row], cache: KVCache, count: int, step: SingleStep | None) -> bool:
+        """One pass of the rows, each at the place of its number; their twins begin at row `count` of the cache. False: nothing is
+        left to do."""
+        feeds = [feed for row in rows for feed in row.feeds()]
+        if not feeds:
+            return False
+        for feed in feeds:
+            if feed.reset:
+                cache.reset(feed.slot(count))
+        feeds.sort(key=lambda f: f.slot(count))
+        hidden = self._forward(feeds, cache, count, step)
+        for feed in feeds:
+            if feed.forgotten is not None:
+                cache.forget(feed.slot(count), feed.forgotten, self.model.backbone.rotary)
+        self._sample(rows, feeds, hidden)
+        return True
 
     def _forward(self, feeds: list[Feed], cache: KVCache, count: int, step: SingleStep | None) -> Tensor:
         chunks = [Chunk(feed.slot(count), feed.order, feed.copy, feed.keep) for feed in feeds]
@@ -207,7 +213,8 @@ class Engine:
                 row.accept(tokens, log_prob)
 
 
-def _ordinary(content: Encoded) -> Encoded:
+def ordinary(content: Encoded) -> Encoded:
+    """What inference mode made as tensors that can be used outside it."""
     made: dict[str, Any] = {}
     for name in ("ids", "codes", "latents"):
         if (value := getattr(content, name)) is not None:

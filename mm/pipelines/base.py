@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from mm import hub
 from mm.audio import Audio, SoundSource, load_audio
+from mm.batching import Generates
 from mm.generation import Engine, Event, Request
 from mm.interfaces import Decoded, Encoded, ModalityTokenizer, Sampling
 from mm.layout import NULL, Segment
@@ -65,6 +66,8 @@ class Pipeline:
 
     usual = "mm-tiny"
     """The shipped checkpoint that `from_pretrained` loads by default."""
+    engine: Generates | None = None
+    """What generates, in place of an engine of the pipeline's own: a server's batcher."""
 
     def __init__(
         self, model: MultimodalModel, sampling: Mapping[str, Sampling] | None = None, batch_size: int = 32
@@ -288,7 +291,7 @@ class Pipeline:
             key = _digest(request.prompt)
             seeded.append(replace(request, seed=_derive(seed, key, seen[key])))
             seen[key] += 1
-        engine = Engine(self.model)
+        engine = self.engine or Engine(self.model)
         out = []
         for start in range(0, len(seeded), size):
             on_step = None if callback is None else shifted(callback, start)
