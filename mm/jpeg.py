@@ -9,13 +9,12 @@ its process-wide switches is touched.
 from __future__ import annotations
 
 import io
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from mm.jpeg_codes import Bits
 from mm.jpeg_machine import JpegMachine
-from mm.jpeg_tables import EOI, RST, Frame, Tables
+from mm.jpeg_tables import EOI, MARKER, RST, Frame, Tables, packed
 
 if TYPE_CHECKING:  # Pillow is imported where it is used, so that `import mm` stays fast
     from PIL import Image
@@ -24,7 +23,6 @@ GREY = (128, 128, 128)
 """What stands where nothing could be read."""
 MAX_AHEAD = 3
 """Restart intervals that may be missing between two that are there; a number further ahead is taken for a wrong one."""
-MARKER = re.compile(rb"\xff+([^\x00\xff])")
 Status = Literal["strict", "repaired", "partial", "invalid"]
 
 # --- writing --------------------------------------------------------------------------------------------------------
@@ -155,7 +153,7 @@ class Reader:
             bits, whole = self._mcus(part, left)
             good += [n < whole for n in range(after + 1)]
             empty = [bit for block in machine.way.empty for bit in block]
-            out += _packed(bits + empty * (after + 1 - whole))
+            out += packed("".join(map(str, bits + empty * (after + 1 - whole))))
             out += bytes([0xFF, machine.number(beyond)])
         return bytes(out), good
 
@@ -200,10 +198,3 @@ class Reader:
                     whole, kept = left - following.left, len(bits)
                 inner = following
         return bits[:kept], whole
-
-
-def _packed(bits: list[int]) -> bytes:
-    """Bits as bytes: ones fill the last, and each byte of ones is followed by 00."""
-    bits = bits + [1] * (-len(bits) % 8)
-    value = int("".join(map(str, bits)) or "0", 2)
-    return value.to_bytes(len(bits) // 8, "big").replace(b"\xff", b"\xff\x00")

@@ -19,9 +19,14 @@ class JpegFiles(FileTokenizer):
     def _facts(self, config: Mapping[str, Any]) -> dict[str, str]:
         from PIL import features
 
-        blob = jpeg.tables(config["quality"], config["subsampling"])
+        blob = self._tables(config)
         versions = {name: str(features.version(name)) for name in ("pil", "libjpeg_turbo")}
         return {"tables": blob.hex(), **versions}
+
+    @staticmethod
+    def _tables(config: Mapping[str, Any]) -> bytes:
+        """Those that files written now have."""
+        return jpeg.tables(config["quality"], config["subsampling"])
 
     def _reader(self, config: Mapping[str, Any], facts: Mapping[str, str]) -> jpeg.Reader:
         """Raises `ValueError` for a size, sampling, interval or tables that are none."""
@@ -32,7 +37,7 @@ class JpegFiles(FileTokenizer):
     def _check_tables(self, what: str) -> None:
         """Raises `ValueError` where files written now would need other tables than the saved ones."""
         if self._same_tables is None:
-            self._same_tables = self.reader.blob == jpeg.tables(self.config["quality"], self.config["subsampling"])
+            self._same_tables = self.reader.blob == self._tables(self.config)
         if not self._same_tables:
             raise ValueError(
                 f"this version of Pillow writes other tables than that of the saved tokenizer; install Pillow "

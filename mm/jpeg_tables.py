@@ -6,6 +6,7 @@ Tables may come from a stranger's file: they are held to what a baseline file of
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ RST = 0xD0
 """Second byte of the restart marker 0; there are 8, in turn."""
 MARKERS = tuple(bytes([0xFF, second]) for second in range(RST, RST + 10))
 """Markers that may stand among the codes or around them: RST0 to RST7, SOI, EOI."""
+MARKER = re.compile(rb"\xff+([^\x00\xff])")
+"""Any marker as it stands among codes, perhaps behind more FF."""
 SAMPLING = {"4:4:4": (1, 1), "4:2:2": (2, 1), "4:2:0": (2, 2)}
 """Blocks of luminance, across and down, for one of each colour."""
 MAX_SIDE = 1024
@@ -66,11 +69,18 @@ class Frame:
         sof0 += bytes([1, 16 * across + down, 0, 2, 0x11, 1, 3, 0x11, 1])
         sos = b"\x03\x01\x00\x02\x11\x03\x11\x00\x3f\x00"
         parts = [(0xE0, app0), (0xC0, sof0), (0xDD, self.restart.to_bytes(2, "big")), (0xDA, sos)]
-        return SOI + b"".join(_segment(code, data) for code, data in parts if code != 0xDD or self.restart)
+        return SOI + b"".join(segment(code, data) for code, data in parts if code != 0xDD or self.restart)
 
 
-def _segment(code: int, data: bytes) -> bytes:
+def segment(code: int, data: bytes) -> bytes:
+    """A marker, the length of what follows, and that."""
     return bytes([0xFF, code]) + (len(data) + 2).to_bytes(2, "big") + data
+
+
+def packed(bits: str) -> bytes:
+    """Bits of codes as bytes: ones fill the last, and each byte of ones is followed by 00."""
+    bits += "1" * (-len(bits) % 8)
+    return int(bits or "0", 2).to_bytes(len(bits) // 8, "big").replace(b"\xff", b"\xff\x00")
 
 
 class Huffman:
@@ -145,7 +155,7 @@ class Tables:
             )
         steps: dict[int, int] = {}
         codes: dict[int, Huffman] = {}
-        for code, data in _segments(blob[2:-2]):
+        for code, data in segments(blob[2:-2]):
             while data:
                 if code == 0xDB and data[0] in (0, 1) and len(data) >= 65 and 0 not in data[1:65]:
                     steps[data[0]], data = data[1], data[65:]
@@ -163,7 +173,8 @@ class Tables:
         return cls((codes[0], codes[1]), (codes[0x10], codes[0x11]), (steps[0], steps[1]))
 
 
-def _segments(data: bytes) -> Iterator[tuple[int, bytes]]:
+def segments(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Second bytes of markers, and what follows them. Raises `ValueError` for what isn't made of segments."""
     while data:
         size = int.from_bytes(data[2:4], "big") + 2
         if data[0] != 0xFF or not 4 <= size <= len(data):

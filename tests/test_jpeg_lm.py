@@ -64,9 +64,11 @@ def decode(tokenizer: JpegBytes, ids: list[int]) -> Decoded:
 
 KINDS: list[dict[str, Any]] = [
     {"strip_header": True},
+    {"strip_header": True, "huffman": "aligned"},
     {"strip_header": True, "restart": 0, "size": (24, 20)},
     {"restart": 3, "size": (24, 40), "subsampling": "4:2:2"},
     {"size": (9, 30), "subsampling": "4:4:4", "quality": 60},
+    {"size": (9, 30), "subsampling": "4:4:4", "quality": 60, "restart": 0, "huffman": "aligned"},
 ]
 
 
@@ -94,7 +96,7 @@ def test_hundreds_of_samples_are_strict_files() -> None:
         assert decode(tokenizer, drawn(tokenizer, room, generator)).valid
 
 
-@pytest.mark.parametrize("settings", KINDS[:3], ids=str)
+@pytest.mark.parametrize("settings", [KINDS[0], *KINDS[2:4]], ids=str)
 def test_the_loose_automaton_writes_markers_where_they_belong(settings: dict[str, Any]) -> None:
     tokenizer, generator = trained(grammar="markers", **settings), torch.Generator().manual_seed(0)
     reader, wrong = tokenizer.reader, 0
@@ -151,7 +153,9 @@ def test_ids_that_were_not_allowed_do_no_harm() -> None:
 # --- a part of a picture --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("settings", [{}, {"strip_header": True}, {"restart": 2}, {"restart": 0}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"strip_header": True, "huffman": "aligned"}, {"restart": 2}, {"restart": 0}], ids=str
+)
 def test_the_upper_part_survives_whatever_follows(settings: dict[str, Any]) -> None:
     tokenizer, generator = trained(size=(64, 16), **settings), torch.Generator().manual_seed(3)
     for image in shapes(1, (64, 16)):

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from PIL import Image
 
-from mm import jpeg, pictures, saved
+from mm import jpeg, jpeg_huffman, pictures, saved
 from mm.interfaces import Decoded, Encoded, Spec
 from mm.jpeg_codes import Bits
 from mm.jpeg_files import JpegFiles
@@ -30,6 +30,8 @@ class JpegBytes(JpegFiles):
         quality: of the file, 1 to 95.
         subsampling: 4:2:0, 4:2:2 or 4:4:4.
         restart: blocks (MCUs) between restart markers; 0: none. A damage, or a model's mistake, ends at the next marker.
+        huffman: the tables of the files. `standard`: the usual ones, as in JPEG-LM; `aligned`: others, in which code and value
+            always fill whole bytes (`mm.jpeg_huffman`); every decoder shows the same pixels.
         strip_header: leave out the header, which is the same for all files of one size.
         vocab: ids of the BPE, the 256 bytes among them.
         grammar: what the automaton holds a model to: `strict`, a file that is right to the last bit; `markers`, no marker where
@@ -50,6 +52,7 @@ class JpegBytes(JpegFiles):
         quality: int = 25,
         subsampling: str = "4:2:0",
         restart: int = 1,
+        huffman: Literal["standard", "aligned"] = "standard",
         strip_header: bool = False,
         vocab: int = 320,
         grammar: Literal["strict", "markers", "none"] = "strict",
@@ -60,6 +63,7 @@ class JpegBytes(JpegFiles):
             quality=quality,
             subsampling=subsampling,
             restart=restart,
+            huffman=huffman,
             strip_header=strip_header,
             vocab=vocab,
             grammar=grammar,
@@ -71,9 +75,20 @@ class JpegBytes(JpegFiles):
         saved.whole_number("restart", config["restart"])
         if config["grammar"] not in ("strict", "markers", "none"):
             raise ValueError(f"grammar must be strict, markers or none, got {config['grammar']!r:.20}")
+        if config["huffman"] not in ("standard", "aligned"):
+            raise ValueError(f"huffman must be standard or aligned, got {config['huffman']!r:.20}")
         self.reader = self._reader(config, facts)
+        self.recoder: jpeg_huffman.Recoder | None = None
         self.frame = self.reader.frame
         self.header = self.frame.header() if config["strip_header"] else b""
+
+    @staticmethod
+    def _tables(config: Mapping[str, Any]) -> bytes:
+        blob = jpeg.tables(config["quality"], config["subsampling"])
+        return jpeg_huffman.aligned(blob) if config["huffman"] == "aligned" else blob
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "recoder": None}  # made again when it is used
 
     # ---- the plug-in contract ----------------------------------------------------------------------------------------
 
@@ -85,7 +100,13 @@ class JpegBytes(JpegFiles):
         """The abbreviated file; without its header, if that is left out."""
         self._check_tables("pictures")
         image = pictures.fit(raw, *self.frame.size)
-        return jpeg.encode(image, self.frame, self.config["quality"])[len(self.header) :]
+        data = jpeg.encode(image, self.frame, self.config["quality"])
+        if self.config["huffman"] != "standard":
+            if self.recoder is None:
+                usual = jpeg.tables(self.config["quality"], self.config["subsampling"])
+                self.recoder = jpeg_huffman.Recoder(self.frame, Tables.read(usual), Tables.read(self.reader.blob))
+            data = self.recoder(data)
+        return data[len(self.header) :]
 
     def decode(self, encoded: Encoded) -> Decoded:
         """An RGB picture; what can't be read of it is grey, and `reason` begins with the state of the file (`jpeg.Status`)."""
