@@ -13,8 +13,12 @@ from PIL import Image
 
 from mm.data.documents import Interleaved
 from mm.data.example import BrokenExample, Lazy, Source
+from mm.data.feeds import Part
 from mm.data.joined import JoinedSource, RowsSource
+from mm.data.module import MultimodalDataModule
 from mm.data.sources import DigitsSource, FolderSource
+from mm.interfaces import Encoded
+from mm.testing import Palette
 
 
 class Said(Source):
@@ -45,7 +49,7 @@ def drawn(tmp_path: Path) -> DigitsSource:
 
 
 def test_pairs_agree_and_all_values_come(drawn: DigitsSource) -> None:
-    source = JoinedSource([Said((1, 3, 7)), drawn], on="digit", count=300)
+    source = JoinedSource([Said((1, 3, 7)), drawn], field="digit", count=300)
     assert source.shared == ["1", "3", "7"] and len(source) == 300
     seen = Counter(example["digit"] for example in source)
     assert set(seen) == {1, 3, 7} and min(seen.values()) > 70
@@ -60,7 +64,7 @@ def test_pairs_agree_and_all_values_come(drawn: DigitsSource) -> None:
 
 def test_what_is_drawn_depends_on_seed_and_number_only(drawn: DigitsSource) -> None:
     def make(**settings: Any) -> JoinedSource:
-        return JoinedSource([Said((1, 3)), drawn], on="digit", **{"count": 50, **settings})
+        return JoinedSource([Said((1, 3)), drawn], field="digit", **{"count": 50, **settings})
 
     def tags(source: Source) -> list[tuple[Any, ...]]:
         return [(e["audio"], np.asarray(e["image"])[0, 0, 0], e["take"]) for e in source]
@@ -68,13 +72,13 @@ def test_what_is_drawn_depends_on_seed_and_number_only(drawn: DigitsSource) -> N
     assert tags(make()) == tags(make()) and make().identity == make().identity
     assert tags(make(count=20)) == tags(make())[:20]
     assert tags(make(seed=1)) != tags(make())
-    others = [make(seed=1), make(count=20), JoinedSource([Said((1, 3)), drawn.whole()], on="digit", count=50)]
+    others = [make(seed=1), make(count=20), JoinedSource([Said((1, 3)), drawn.whole()], field="digit", count=50)]
     assert len({make().identity, *(other.identity for other in others)}) == 4
 
 
 def test_nothing_that_a_member_holds_out_gets_in(drawn: DigitsSource) -> None:
     held = {drawn.whole().key(i) for i in range(60)} - {drawn.key(i) for i in range(len(drawn))}
-    source = JoinedSource([drawn, Said((1, 3, 7))], on="digit", count=400, caption="{name}")
+    source = JoinedSource([drawn, Said((1, 3, 7))], field="digit", count=400, caption="{name}")
     assert held and source[3]["text"] in ("one", "three", "seven")
     inner = {drawn.key(int(index)) for having in source._having[0].values() for index in having}
     assert not inner & held
@@ -82,13 +86,13 @@ def test_nothing_that_a_member_holds_out_gets_in(drawn: DigitsSource) -> None:
 
 def test_joins_that_cannot_be(drawn: DigitsSource) -> None:
     with pytest.raises(ValueError, match="at least two sources, got 1"):
-        JoinedSource([drawn], on="digit")
+        JoinedSource([drawn], field="digit")
     with pytest.raises(ValueError, match="no value of 'take' is in all sources"):
-        JoinedSource([Said((1, 2)), drawn], on="take")
+        JoinedSource([Said((1, 2)), drawn], field="take")
     with pytest.raises(ValueError, match="count must be 1 to"):
-        JoinedSource([Said((1, 2)), drawn], on="digit", count=0)
+        JoinedSource([Said((1, 2)), drawn], field="digit", count=0)
     with pytest.raises(ValueError, match="seed must be at least 0"):
-        JoinedSource([Said((1, 2)), drawn], on="digit", seed=-1)
+        JoinedSource([Said((1, 2)), drawn], field="digit", seed=-1)
 
 
 @pytest.fixture
@@ -113,6 +117,26 @@ def test_rows_are_captions_and_pictures_by_turns(pictures: FolderSource) -> None
             assert words == f"picture {np.asarray(picture)[0, 0, 0] // 40}"
         assert len(set(told[::2])) == example["length"], "each once"
     assert source.identity != RowsSource(pictures, least=2, most=4, count=40, seed=1).identity
+
+
+def test_members_are_cached_in_place_of_what_is_made_of_them(
+    drawn: DigitsSource, pictures: FolderSource, tmp_path: Path
+) -> None:
+    pair = JoinedSource([Said((1, 3)), drawn], field="digit", count=30)
+    parts = [
+        Part(source=pair, template=Interleaved(["take", "image"], {"take": "text"})),
+        Part(source=RowsSource(pictures), template=Interleaved(["rows"])),
+    ]
+    module = MultimodalDataModule(
+        train=parts, cache=str(tmp_path / "cache"), cached={"image": "image"}, to_stream=lambda document, rng: None,
+        tokenizers={"image": Palette(8)},
+    )  # fmt: skip
+    module.prepare_data()
+    assert len(list((tmp_path / "cache").glob("*.json"))) == 2, "of the digits and of the pictures, each once"
+    for part in module._with_caches(parts):
+        for segment in part.template(part.source[0], torch.Generator()):
+            assert segment.modality == "text" or isinstance(segment.content, Encoded)
+    assert isinstance(parts[1].source[0]["rows"][1], Image.Image), "what was given stays as it was"
 
 
 def test_rows_that_cannot_be(pictures: FolderSource) -> None:

@@ -191,6 +191,16 @@ class Source(abc.ABC):
         other.split, other.ordinals = "all", range(self.total)
         return other
 
+    @property
+    def members(self) -> Sequence[Source]:
+        """Sources that this one is made of, if it is. What a cache holds are then their items."""
+        return ()
+
+    def of(self, members: Sequence[Source]) -> Source:
+        """The same source of other members: its own, with caches."""
+        assert not members
+        return self
+
     def key(self, index: int) -> str:
         return self._keys[self.ordinals[index]]
 

@@ -6,6 +6,7 @@ that they hold out gets in; the made source is all of one split.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,34 +26,43 @@ class JoinedSource(Source):
 
     Args:
         sources: at least two.
-        on: the field that they agree in.
+        field: the field that they agree in.
         count: examples; None: as many as the largest source has.
         seed: another seed, other pairs.
         options: `caption` and `strict`, as of every source.
     """
 
     def __init__(
-        self, sources: Sequence[Source], on: str, count: int | None = None, seed: int = 0, **options: Any
+        self, sources: Sequence[Source], field: str, count: int | None = None, seed: int = 0, **options: Any
     ) -> None:
         super().__init__(**options)
         if len(sources) < 2:
             raise ValueError(f"JoinedSource joins at least two sources, got {len(sources)}")
-        self.sources, self.on, self.seed = list(sources), on, _seed(seed)
+        self.sources, self.field, self.seed = list(sources), field, _seed(seed)
         count = max(map(len, sources)) if count is None else count
-        self._having = [_by_value(source, on) for source in sources]
+        self._having = [_by_value(source, field) for source in sources]
         self.shared = sorted(set.intersection(*(set(having) for having in self._having)))
         """Values that all sources have, as they are printed."""
         if not self.shared:
             seen = "; ".join(f"{s.what}: {', '.join(list(h)[:5]) or 'none'}" for s, h in self._members())
-            raise ValueError(f"no value of {on!r} is in all sources ({seen}); name a field that they share")
+            raise ValueError(f"no value of {field!r} is in all sources ({seen}); name a field that they share")
         self._finish(_numbered(count), f"joined {', '.join(source.what for source in sources)}")
+
+    @property
+    def members(self) -> Sequence[Source]:
+        return self.sources
+
+    def of(self, members: Sequence[Source]) -> Source:
+        other = copy.copy(self)
+        other.sources = list(members)
+        return other
 
     def _members(self) -> Any:
         return zip(self.sources, self._having, strict=True)
 
     @property
     def identity(self) -> str:
-        return digest("joined 1", self.on, str(self.seed), str(self.total), *map(_identity, self.sources))
+        return digest("joined 1", self.field, str(self.seed), str(self.total), *map(_identity, self.sources))
 
     def _fields(self, ordinal: int) -> dict[str, Any]:
         rng = np.random.default_rng([self.seed, ordinal])
@@ -96,6 +106,15 @@ class RowsSource(Source):
         self.source, self.fields, self.seed = source, list(fields), _seed(seed)
         self.least, self.most = least, most
         self._finish(_numbered(len(source) if count is None else count), f"rows of {source.what}")
+
+    @property
+    def members(self) -> Sequence[Source]:
+        return [self.source]
+
+    def of(self, members: Sequence[Source]) -> Source:
+        other = copy.copy(self)
+        (other.source,) = members
+        return other
 
     @property
     def identity(self) -> str:

@@ -117,7 +117,7 @@ class MultimodalDataModule(pl.LightningDataModule):
         if self.cache is None:
             return
         parts = [*self.parts["train"], *self.parts["validation"]]
-        sources = [part.source for part in parts if not isinstance(part.source, StreamingShards)]
+        sources = [leaf for part in parts for leaf in _leaves(part.source)]
         for field, modality in self._wanted().items():
             having = [source for source in sources if _has(source, field)]
             if sources and not having and self.cached is not None:
@@ -135,10 +135,15 @@ class MultimodalDataModule(pl.LightningDataModule):
         for part in parts:
             source = part.source
             if self.cache is not None and not isinstance(source, StreamingShards):
-                name = source.identity + str(source.caption)
-                source = CachedSource(source, {field: c for (of, field), c in self._caches.items() if of == name})
+                source = self._with_cache(source)
             out.append(Part(source=source, template=part.template, weight=part.weight))
         return out
+
+    def _with_cache(self, source: Source) -> Source:
+        if source.members:
+            return source.of([self._with_cache(member) for member in source.members])
+        name = source.identity + str(source.caption)
+        return CachedSource(source, {field: c for (of, field), c in self._caches.items() if of == name})
 
     def loader(self, which: Literal["train", "validation"]) -> PackedLoader:
         """The loader of one set: endless for training, once through in order for validation."""
@@ -187,6 +192,13 @@ class MultimodalDataModule(pl.LightningDataModule):
 
     def predict_dataloader(self) -> PackedLoader | list[PackedLoader]:
         return self.val_dataloader()
+
+
+def _leaves(source: Source | StreamingShards) -> list[Source]:
+    """The sources whose items are cached: of those that are made of others, these."""
+    if isinstance(source, StreamingShards):
+        return []
+    return [leaf for member in source.members for leaf in _leaves(member)] if source.members else [source]
 
 
 def _has(source: Source, field: str) -> bool:
