@@ -22,6 +22,7 @@ COMMANDS = {
     "list": ("mm.commands.list", "tokenizers, orders, heads, systems, checkpoints"),
     "data": ("mm.commands.data", "make or convert data sets"),
     "app": ("mm.apps.demo", "the demo in a browser"),
+    "serve": ("mm.serve.command", "the HTTP server: endpoints of OpenAI's shapes"),
     "evaluate": ("mm.evaluate", "every quality figure of a checkpoint as a table and JSON"),
     "bench": ("mm.bench", "speed side by side with what users would pick instead"),
 }

@@ -1,0 +1,122 @@
+"""Refusals as clients of OpenAI's API read them: `{"error": {"message", "type", "param", "code"}}`, one plain sentence each."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+
+log = logging.getLogger("mm.serve")
+PATH = re.compile(r"(?<![\w.:/])(?:/[\w.@+-]+){2,}")
+"""Names of files of this machine, which are nobody's business."""
+LONGEST = 500
+"""Characters of a message."""
+KINDS = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "invalid_request_error",
+    408: "timeout_error",
+    429: "rate_limit_error",
+    503: "server_unavailable",
+    504: "timeout_error",
+}
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class Error(BaseModel):
+    """What every refusal looks like."""
+
+    error: ErrorDetail
+
+
+WHY = {
+    400: "The request can't be answered as it stands; the message says why.",
+    401: "The API key is missing or wrong.",
+    404: "There is no such model or object, or no model that does this.",
+    408: "The request took too long to arrive.",
+    413: "The request is larger than the server takes.",
+    422: "A parameter is missing, of the wrong type, or out of its range.",
+    429: "As many requests as the server takes are on their way; try again after `Retry-After` seconds.",
+    500: "A mistake of the server's own.",
+    503: "The server is shutting down.",
+    504: "The answer took longer than the server's limit.",
+}
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    status: {"model": Error, "description": why} for status, why in WHY.items()
+}
+"""For the OpenAPI description of an endpoint."""
+
+
+class Refusal(HTTPException):
+    """Raises out of anywhere in a request; the client gets `message` with this status."""
+
+    def __init__(
+        self, status: int, message: str, *, param: str | None = None, code: str | None = None, retry: int | None = None
+    ) -> None:
+        super().__init__(status, message, {"Retry-After": str(retry)} if retry is not None else None)
+        self.param, self.code = param, code
+
+
+def refusal(error: BaseException) -> Refusal:
+    """What a client is told about something that was raised. What isn't the client's to mend goes to the log."""
+    if isinstance(error, Refusal):
+        return error
+    if isinstance(error, ValueError):  # what our own code says about what it was given
+        return Refusal(400, str(error))
+    log.error("a request failed", exc_info=error)
+    return Refusal(500, "the server made a mistake; it has been written to its log")
+
+
+def body(error: HTTPException) -> dict[str, Any]:
+    detail = ErrorDetail(
+        message=sentence(error.detail),
+        type=KINDS.get(error.status_code, "invalid_request_error" if error.status_code < 500 else "server_error"),
+        param=getattr(error, "param", None),
+        code=getattr(error, "code", None),
+    )
+    return {"error": detail.model_dump()}
+
+
+def sentence(text: Any) -> str:
+    """One line, no longer than `LONGEST`, without names of this machine's files."""
+    words = " ".join(PATH.sub("a file of the server", str(text)).split())
+    return "".join(c for c in words if c.isprintable())[:LONGEST] or "the request can't be answered"
+
+
+def response(error: HTTPException) -> JSONResponse:
+    headers: Mapping[str, str] | None = error.headers
+    return JSONResponse(body(error), error.status_code, headers)
+
+
+def install(app: FastAPI) -> None:
+    """Every error of the application takes this shape."""
+
+    @app.exception_handler(HTTPException)
+    async def _http(request: Request, error: HTTPException) -> JSONResponse:
+        return response(error)
+
+    @app.exception_handler(RequestValidationError)
+    async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        place = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
+        where = ".".join(place)[:100]
+        if first["type"] == "json_invalid":
+            return response(Refusal(400, "the body is not JSON"))
+        return response(Refusal(422, f"{where or 'the body'}: {first['msg']}", param=where or None))
+
+    @app.exception_handler(Exception)
+    async def _any(request: Request, error: Exception) -> JSONResponse:
+        return response(refusal(error))

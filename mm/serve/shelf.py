@@ -1,0 +1,99 @@
+"""The models of a server: which there are, what each can do, and which one answers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeVar
+
+from mm.batching import Batcher
+from mm.pipelines.base import Pipeline
+from mm.pipelines.media import Medium, medium_of
+from mm.serve.desk import Ticket
+from mm.serve.errors import Refusal
+
+P = TypeVar("P", bound=Pipeline)
+Task = Literal["chat", "image", "speech", "transcription", "video", "shape"]
+TASKS: dict[Task, str] = {
+    "chat": "writes text",
+    "image": "makes pictures",
+    "speech": "speaks",
+    "transcription": "writes speech down",
+    "video": "makes videos",
+    "shape": "makes shapes",
+}
+PREFERRED: dict[Task, str] = {"speech": "mm-speech", "video": "mm-video", "shape": "mm-3d"}
+"""Shipped specialists, which answer where a client names no model."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model that answers, and the batch of its callers."""
+
+    name: str
+    pipeline: Pipeline
+    batcher: Batcher
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def open(self, kind: type[P], ticket: Ticket) -> P:
+        """A pipeline for one request, whose rows join the batch."""
+        made = kind(self.pipeline.model, self.pipeline.recommended)
+        made.engine = self.batcher.caller(ticket.gone)
+        return made
+
+    def can(self, task: Task) -> bool:
+        """By its modalities; what it was trained for isn't known."""
+        makes, reads = self._media(True), self._media(False)
+        return {
+            "chat": True,
+            "image": "picture" in makes,
+            "speech": "sound" in makes,
+            "transcription": "sound" in reads and not self.pipeline.model.by_word,  # those learned to speak only
+            "video": "video" in makes,
+            "shape": "shape" in makes,
+        }[task]
+
+    def _media(self, made: bool) -> set[Medium | None]:
+        tokenizers = [modality.tokenizer for modality in self.pipeline.model.modalities[1:]]
+        return {medium_of(t.spec) for t in tokenizers if not made or (t.decodes and (t.spec.spatial or t.spec.is_free))}
+
+
+class Shelf:
+    """Args: models by name, in the order in which they are asked."""
+
+    def __init__(self, pipelines: Mapping[str, Pipeline], rows: int = 16) -> None:
+        if not pipelines:
+            raise ValueError("a server needs at least one model")
+        self.models = {name: Served(name, p, Batcher(p.model, rows)) for name, p in pipelines.items()}
+
+    def named(self, name: str) -> Served:
+        """Raises `Refusal` where there is none."""
+        if name not in self.models:
+            there = ", ".join(self.models)
+            raise Refusal(
+                404, f"there is no model {name[:60]!r}; there are {there}", param="model", code="model_not_found"
+            )
+        return self.models[name]
+
+    def choose(self, task: Task, name: str | None = None) -> Served:
+        """The model of this name, or else the one that does this best. Raises `Refusal` where there is none."""
+        able = self.able(task)
+        if name is not None:
+            named = self.named(name)
+            if named in able:
+                return named
+            instead = f"; use {able[0].name}" if able else ""
+            raise Refusal(
+                404, f"the model {name!r} isn't one that {TASKS[task]}{instead}", param="model", code="model_not_able"
+            )
+        if not able:
+            raise Refusal(404, f"this server has no model that {TASKS[task]}", param="model", code="model_not_able")
+        return next((one for one in able if one.name == PREFERRED.get(task)), able[0])
+
+    def able(self, task: Task) -> Sequence[Served]:
+        return [one for one in self.models.values() if one.can(task)]
+
+    def close(self) -> None:
+        for served in self.models.values():
+            served.batcher.close()
