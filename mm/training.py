@@ -71,7 +71,7 @@ class ModelTraining(pl.LightningModule):
         self.sample_prompts = sample_prompts or []
         if self.sample_prompts and _shown(modalities) is None:
             raise ValueError(
-                "sample_prompts asks for pictures or clips, which no modality here makes; set sample_prompts: []"
+                "sample_prompts asks for pictures, clips or shapes, which no modality here makes; set sample_prompts: []"
             )
         self.sample_guidance = sample_guidance
         for modality in modalities:  # tokenizers with weights are part of the data path, not of what is trained
@@ -210,13 +210,15 @@ class ModelTraining(pl.LightningModule):
                 self.log_samples(folder)
 
     def log_samples(self, folder: str | None) -> None:
-        """Pictures or clips for `sample_prompts`: a grid in TensorBoard and as a PNG beside the logs, and of clips also a GIF in
-        which they play side by side."""
+        """Pictures, clips or shapes for `sample_prompts`: a grid in TensorBoard and as a PNG beside the logs, and of clips also a
+        GIF in which they play side by side."""
         from pathlib import Path
 
         import numpy as np
 
         from mm.generation import Engine, Request
+        from mm.pipelines.outputs import portrait
+        from mm.shapes import Shape
         from mm.sheet import grid, strips
         from mm.video import Video, save_video
 
@@ -237,7 +239,8 @@ class ModelTraining(pl.LightningModule):
         made = [segments[-1].content for segments in Engine(model).generate(requests)]
         values = [decoded.value for decoded in shown.tokenizer.decode_batch(made)]
         clips = [value for value in values if isinstance(value, Video)]
-        sheet = strips([clip.frames for clip in clips], self.sample_prompts) if clips else grid(values)
+        stills = [portrait(value.mesh, 128) if isinstance(value, Shape) else value for value in values]
+        sheet = strips([clip.frames for clip in clips], self.sample_prompts) if clips else grid(stills)
         if folder is not None:
             path = Path(folder) / "samples" / f"step-{self.global_step:06d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -256,5 +259,6 @@ def _shown(modalities: Sequence[Modality]) -> Modality | None:
     """The modality whose samples are logged."""
     from mm.pipelines.media import medium_of
 
-    made = [m for m in modalities[1:] if m.tokenizer.decodes and medium_of(m.tokenizer.spec) in ("picture", "video")]
+    shown = ("picture", "video", "shape")
+    made = [m for m in modalities[1:] if m.tokenizer.decodes and medium_of(m.tokenizer.spec) in shown]
     return min(made, key=lambda m: medium_of(m.tokenizer.spec) != "picture", default=None)

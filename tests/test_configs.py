@@ -11,11 +11,11 @@ from mm.commands.train import SHIPPED, main
 
 OTHER_DATA = {
     "ardit", "ardit_distilled", "asr", "asr_ctc_prompt", "avc_lm", "ella_v", "lcm", "lcm_regression", "lslm", "mega_tts",
-    "musicgen", "vall_e", "vid_gpt", "video_vq",
+    "musicgen", "sar3d", "vall_e", "vid_gpt", "video_vq", "voxel_lm",
 }  # fmt: skip
 """Systems of other data than pictures with captions, which debug.yaml has; their own tests train them (test_concepts,
-test_ardit, test_avc_lm, test_dialogues, test_mega_tts, test_speech_ctc, test_speech_codes, test_vid_gpt,
-test_video_tokenizers)."""
+test_ardit, test_avc_lm, test_dialogues, test_mega_tts, test_shape_systems, test_speech_ctc, test_speech_codes,
+test_vid_gpt, test_video_tokenizers)."""
 SYSTEMS = sorted({path.stem for path in (SHIPPED / "systems").glob("*.yaml")} - OTHER_DATA)
 PALETTE = [
     "--model.init_args.modalities.tokenizer=mm.testing.Palette",
@@ -75,6 +75,7 @@ def test_tokenizer_configurations_parse(file: Path, capsys: pytest.CaptureFixtur
         "speech_prosody": "mm.training_voices.ProsodyTraining",
         "speech_timbre": "mm.training_voices.TimbreTraining",
         "speech_vae": "mm.training_speech.SpeechTokenizerModule",
+        "voxel_vq": "mm.training_shapes.ShapeTokenizerModule",
     }
     training = own.get(file.stem, "mm.training_tokenizer.TokenizerModule")
     assert parsed(capsys, "-c", str(file))["model"]["class_path"] == training

@@ -17,12 +17,13 @@ from scipy.ndimage import binary_fill_holes, label
 from mm.cli import main
 from mm.data.convert import to_shards
 from mm.data.shape_captions import FORMS, NUMBERS, captions
-from mm.data.shape_documents import ShapeQuestion, ShapeToText, TextToShape
+from mm.data.shape_documents import Coarse, ImageToShape, ShapeQuestion, ShapeToText, TextToShape
 from mm.data.shape_plans import FLOOR, KINDS, draw_thing, turned
 from mm.data.shapes import ShapesSource
 from mm.data.solids import Part, distance
 from mm.data.sources import FolderSource, ShardSource
 from mm.data.streaming import StreamingShards
+from mm.interfaces import Encoded
 from mm.shape_files import save_mesh, to_bytes
 from mm.shapes import Shape, to_npz
 from mm.voxels import iou, occupancy
@@ -293,7 +294,42 @@ def test_documents() -> None:
     assert [(own.modality, own.loss) for own in told] == [("shape", False), ("text", True)]
     asked = ShapeQuestion()(example, rng)
     assert [(own.modality, own.loss) for own in asked] == [("shape", False), ("text", False), ("text", True)]
-    assert asked[1].content == example["question"] and asked[2].content == example["answer"]
+    assert [asked[1].content, asked[2].content] in example["questions"]
+    drawn = {ShapeQuestion()(example, rng)[1].content for _ in range(50)}
+    assert drawn == {question for question, _ in example["questions"]}, "one of all is drawn each time"
+    alone = {name: example[name] for name in ("shape", "question", "answer")}
+    assert [part.content for part in ShapeQuestion()(alone, rng)[1:]] == [example["question"], example["answer"]]
     assert ShapeQuestion(drop=1)(example, rng)[0].modality != "shape"
     with pytest.raises(ValueError, match="probability"):
         ShapeQuestion(drop=2)
+
+
+def test_pictures_of_shapes() -> None:
+    source = ShapesSource(count=4, picture=32)
+    plain = ShapesSource(count=4)
+    assert source[1]["image"].size == (32, 32) and "image" not in plain[1]
+    assert source[1]["image"].tobytes() == ShapesSource(count=9, picture=32)[1]["image"].tobytes()
+    assert len({np.asarray(source.image(1, source[1]["shape"], 64)).tobytes(), source[1]["image"].tobytes()}) == 2
+    assert (np.asarray(source[1]["image"]) < 255).any(), "something is seen"
+    assert source.identity != plain.identity and np.array_equal(source[1]["shape"].grid, plain[1]["shape"].grid)
+    made = ImageToShape(drop=0)(source[0], torch.Generator())
+    assert [(own.modality, own.loss) for own in made] == [("image", False), ("shape", True)]
+    with pytest.raises(ValueError, match="pictures have 8 to 2048 pixels a side"):
+        ShapesSource(count=4, picture=3)
+
+
+def test_what_is_given_is_shown_coarsely() -> None:
+    scales = ((1, 1, 1), (2, 2, 2), (3, 3, 3))
+    item = Encoded(grid=scales[-1], scales=scales, ids=torch.arange(36))
+    example, rng = {"shape": item, "text": "a box"}, torch.Generator().manual_seed(0)
+    shown = [Coarse(ShapeToText(), 0.5)(example, rng)[0].content for _ in range(60)]
+    counts = [len(one.scales) for one in shown]
+    assert set(counts) == {1, 2, 3} and 15 < counts.count(3) < 45
+    assert all(torch.equal(one.ids, item.ids[: len(one.ids)]) and one.grid == one.scales[-1] for one in shown)
+    whole = Coarse(TextToShape(drop=0), 1)(example, rng)
+    assert whole[1].content is item, "what is learned stays whole"
+    assert Coarse(ShapeToText(drop=1), 1)(example, rng)[0].content is None
+    list_ = Encoded(grid=(3,), ids=torch.arange(3))
+    assert Coarse(ShapeToText(), 1)({**example, "shape": list_}, rng)[0].content is list_
+    with pytest.raises(ValueError, match="shape is a Shape; name its field in the data module's cached"):
+        Coarse(ShapeToText(), 1)(ShapesSource(count=1)[0], rng)

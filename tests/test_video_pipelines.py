@@ -500,7 +500,9 @@ def test_samples_of_training(tmp_path: Path) -> None:
     together = load_video(tmp_path / "samples" / "step-000000.gif")
     assert len(together) == MOST and together.size == (2 * 128, 128)
     assert load_image(tmp_path / "samples" / "step-000000.png").width > MOST * SIDE
-    with pytest.raises(ValueError, match="sample_prompts asks for pictures or clips, which no modality here makes"):
+    with pytest.raises(
+        ValueError, match="sample_prompts asks for pictures, clips or shapes, which no modality here makes"
+    ):
         training(Levels(num_codes=1))
 
 

@@ -15,10 +15,12 @@ from mm.data.example import Lazy, Source, digest
 from mm.data.shape_captions import caption, questions
 from mm.data.shape_plans import KINDS, Facts, Thing, draw_thing, turned
 from mm.data.solids import distance
+from mm.shape_views import MAX_SIDE, draw, pose_at
 from mm.shapes import SIZE, Shape
 from mm.voxels import TRUNCATION, mesh_from_grid
 
 if TYPE_CHECKING:
+    from PIL import Image
     from trimesh import Trimesh
 
 MAX_COUNT = 1 << 22
@@ -54,7 +56,8 @@ class Plan:
 class ShapesSource(Source):
     """Captioned shapes. Fields: `shape` (`mm.shapes.Shape`), `caption`, `plain` (the plain caption), `kind` (of
     `mm.data.shape_plans.KINDS`), `attributes` (fact → value: `height`, `legs`, `top`, …), `question` and `answer` (one of the
-    shape's, drawn at random), and `questions` (all, each with its answer).
+    shape's, drawn at random), `questions` (all, each with its answer), and with `picture` also `image` (PIL): the shape from
+    somewhere in front and above.
 
     Args:
         count: shapes of the source; an epoch is as many. What shape n is doesn't depend on it.
@@ -64,6 +67,7 @@ class ShapesSource(Source):
         kinds: to choose from; a kind named twice comes twice as often. By default all, furniture twice as often.
         varied: half the captions are one of several that say the same; otherwise all are the plain one.
         turned: turn shapes about the vertical by quarters at random; otherwise they all face the viewer.
+        picture: side of the pictures in pixels; 0: there are none.
         options: of every source. `holdout_where: {plain: ["a tall table with three legs and a round top"]}` holds out what
             is so called.
     """
@@ -77,6 +81,7 @@ class ShapesSource(Source):
         kinds: Sequence[str] | None = None,
         varied: bool = True,
         turned: bool = False,
+        picture: int = 0,
         **options: Any,
     ) -> None:
         super().__init__(**options)
@@ -91,13 +96,15 @@ class ShapesSource(Source):
         if grid not in GRIDS:
             raise ValueError(f"grid must be one of {', '.join(GRIDS)}, got {grid!r:.60}")
         self.count, self.seed, self.size, self.grid = count, seed, size, grid
-        self.kinds, self.varied, self.turned = tuple(kinds), varied, turned
+        if picture and not 8 <= picture <= MAX_SIDE:
+            raise ValueError(f"pictures have 8 to {MAX_SIDE} pixels a side (0: none), got {picture}")
+        self.kinds, self.varied, self.turned, self.picture = tuple(kinds), varied, turned, picture
         self._finish([f"{number:08d}" for number in range(count)], f"shapes {', '.join(sorted(set(kinds)))}")
 
     @property
     def identity(self) -> str:
         settings = (self.count, self.seed, self.size, self.grid, *self.kinds, self.varied, self.turned)
-        return digest("shapes 1", *map(str, settings))
+        return digest("shapes 1", *map(str, settings), *([str(self.picture)] if self.picture else []))
 
     def plan(self, number: int) -> Plan:
         """What shape `number` is, of any number from 0: also beyond `count`."""
@@ -120,10 +127,20 @@ class ShapesSource(Source):
         """Its closed surface, by marching cubes of a finer grid."""
         return mesh_from_grid(-distance(plan.thing.parts, size, TRUNCATION), 0.0)[0]
 
+    def image(self, number: int, shape: Shape, size: int | None = None) -> Image.Image:
+        """The picture of shape `number`; from where depends on the seed and the number alone."""
+        from PIL import Image
+
+        rng = np.random.default_rng([self.seed, number, 1])
+        turn, height = np.radians(rng.uniform((-60, 10), (60, 45)))
+        return Image.fromarray(draw(shape.mesh, pose_at(float(turn), float(height)), size or self.picture)[0])
+
     def _fields(self, ordinal: int) -> dict[str, Any]:
         plan = self.plan(ordinal)
         asked = plan.questions
+        pictures = {"image": Lazy(lambda: self.image(ordinal, self.draw(plan)))} if self.picture else {}
         return {
+            **pictures,
             "shape": Lazy(lambda: self.draw(plan)),
             "caption": plan.caption,
             "plain": plan.plain,
