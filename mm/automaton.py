@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 
@@ -20,3 +20,8 @@ class Automaton(abc.ABC):
     @abc.abstractmethod
     def accept(self, token: int) -> None:
         """This id came. Never raises: one that was not allowed (it was given) is followed by the best there is."""
+
+    def place(self) -> Float[Tensor, " F"] | None:
+        """Where the next id stands in the format, as numbers of about 0 to 1, always as many; None: it doesn't say. The caller
+        doesn't change the tensor."""
+        return None

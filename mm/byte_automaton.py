@@ -13,7 +13,7 @@ from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mm.interfaces import Automaton
@@ -60,6 +60,10 @@ class ByteMachine(abc.ABC, Generic[State]):
     def key(self, state: State, reach: int) -> Hashable:
         """States of one key allow the same strings of up to `reach` bytes."""
         return state
+
+    def place(self, state: State) -> list[float] | None:
+        """Where the next byte stands, as numbers of about 0 to 1; None: the format doesn't say."""
+        return None
 
     def reach(self, table: Sequence[bytes]) -> int:
         """The longest string of the table that `key` has to tell apart."""
@@ -210,3 +214,7 @@ class ByteAutomaton(Automaton):
             for byte in self.grammar.table[token]:
                 after = self.grammar.machine.step(self.state, byte)
                 self.state = self.state if after is None else after
+
+    def place(self) -> Float[Tensor, " F"] | None:
+        found = self.grammar.machine.place(self.state)
+        return None if found is None else torch.tensor(found)

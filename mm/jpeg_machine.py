@@ -13,12 +13,14 @@ from typing import NamedTuple
 
 from mm.byte_automaton import ByteMachine
 from mm.jpeg_closing import Closing
-from mm.jpeg_codes import Bits, Codes, Inner
+from mm.jpeg_codes import LAST, Bits, Codes, Inner
 from mm.jpeg_tables import RST, Frame, Tables
 
 END = 0xD9
 FOREIGN = re.compile(rb"\xff[^\x00\xd0-\xd7\xd9]")
 """What can't come among codes: the marker of a header."""
+MODES = ("header", "codes", "stuffed", "marker", "number", "end")
+"""Of states."""
 
 
 class State(NamedTuple):
@@ -42,7 +44,7 @@ class JpegMachine(Codes, ByteMachine[State]):
 
     def __init__(self, frame: Frame, tables: Tables, header: bytes = b"") -> None:
         super().__init__(frame, tables)
-        self.header = header
+        self.header, (self.rows, self.columns) = header, frame.grid
         self.start = State("header") if header else State("codes", Bits(self.total))
         self.way = Closing(self)
 
@@ -122,6 +124,27 @@ class JpegMachine(Codes, ByteMachine[State]):
 
     def reach(self, table: Sequence[bytes]) -> int:
         return max(len(token) for token in table if not FOREIGN.search(token))
+
+    def place(self, state: State) -> list[float]:
+        """What comes (the mode), row and column of the MCU, block and coefficient, whether a code or a value has begun, and the
+        first coefficients before."""
+        inner, left, limits = state.inner, self.total, self.limits
+        out = [0.0] * (self.rows + self.columns + len(self.part) + len(MODES) + LAST + 7)
+        at = len(MODES)
+        out[MODES.index(state.mode)] = 1.0
+        if isinstance(inner, Bits):
+            left = inner.left
+            out[at + self.rows + 1 + self.columns + inner.block] = 1.0
+            out[-LAST - 6 + inner.k] = 1.0
+            first, second, third = inner.before
+            out[-5:] = (
+                float(inner.node > 0), inner.bits / 11, first / limits[0], second / limits[-1], third / limits[-1]
+            )  # fmt: skip
+        elif state.mode != "header":
+            left = inner
+        row, column = divmod(self.total - left, self.columns)
+        out[at + row] = out[at + self.rows + 1 + column] = 1.0
+        return out
 
     # ---- the end -----------------------------------------------------------------------------------------------------
 

@@ -208,6 +208,9 @@ class Row:
             for track in self._tracks():
                 self._feed_layout(track, content, layout)
             self._entered(layout)
+            if self.automaton is not None:
+                for token in content[layout.element].tolist():
+                    self.automaton.accept(token)
             if (left := self.session.forgets()) is not None:
                 for track in self._tracks():
                     track.forget(*left)

@@ -67,7 +67,7 @@ picture = Image.effect_noise((4, 4), 90).convert("RGB")
 def systems():
     # every order with ids and with vectors, as far as it takes them, and every head
     for order in plugins.available("orders"):
-        if order not in ("blocks", "delay", "stages"):
+        if order not in ("blocks", "delay", "followed", "stages"):
             several = load("tokenizers", "image_msvq").tiny() if order == "scales" else None
             yield tiny(load("orders", order)(), tokenizer=several)
     patches, diffusion = load("tokenizers", "image_patches"), load("heads", "diffusion")
