@@ -57,7 +57,7 @@ def test_help_imports_nothing_heavy() -> None:
 
 def test_the_commands_are_what_they_were() -> None:
     """Changing this list is a visible decision; see DESIGN, public names."""
-    expected = "generate fit validate test predict tokenize list data app evaluate bench"
+    expected = "generate fit validate test predict tokenize list data app serve evaluate bench"
     assert list(COMMANDS) == expected.split()
     assert set(commands()) >= {"generate", "fit", "validate", "test", "predict", "tokenize", "list", "data"}
 
