@@ -88,10 +88,16 @@ def principal_components(
 ) -> tuple[Float[Tensor, " P"], Float[Tensor, "K P"], Float[Tensor, " K"]]:
     """Of squares of side×side pixels as vectors (P = C·side²): their mean, the K = min(most, P) axes of largest spread, and the
     deviation along each."""
-    squares = F.pixel_unshuffle(x.float(), side).permute(0, 2, 3, 1).flatten(0, 2)
-    kept = min(most, squares.shape[1])
-    centre = squares.mean(0)
-    variance, axes = torch.linalg.eigh((squares - centre).T @ (squares - centre) / len(squares))
+    return principal_axes(F.pixel_unshuffle(x.float(), side).permute(0, 2, 3, 1).flatten(0, 2), most)
+
+
+def principal_axes(
+    vectors: Float[Tensor, "n P"], most: int
+) -> tuple[Float[Tensor, " P"], Float[Tensor, "K P"], Float[Tensor, " K"]]:
+    """Of vectors: their mean, the K = min(most, P) axes of largest spread, and the deviation along each."""
+    kept = min(most, vectors.shape[1])
+    centre = vectors.mean(0)
+    variance, axes = torch.linalg.eigh((vectors - centre).T @ (vectors - centre) / len(vectors))
     return centre, axes.flip(1)[:, :kept].T, variance.flip(0)[:kept].clamp_min(1e-8).sqrt()
 
 
