@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 INTERVAL = 0.2
 """Seconds between two looks at unfinished work: each costs a decoding and the sending of files."""
+OURS = "This went wrong in the program, not in what you did; its log says more. Other inputs may work."
+LONGEST = 500
+"""Characters of a message on the page."""
 
 
 class _Unwatched(Exception):
@@ -59,11 +63,17 @@ def live(work: Callable[[Callable[[Event], None]], T]) -> Iterator[tuple[list[Ev
 
 @contextmanager
 def toasts() -> Iterator[None]:
-    """What the visitor can mend is said on the page; anything else is a mistake of ours and goes to the log."""
+    """What the visitor can mend is said on the page; anything else is a mistake of ours: it goes to the log, and the page says
+    that it is none of theirs."""
     import gradio as gr
 
     try:
         yield
     except ValueError as error:
-        text = " ".join(str(error).split())
+        text = " ".join(str(error).split())[:LONGEST]
         raise gr.Error(text[:1].upper() + text[1:], print_exception=False) from error
+    except gr.Error:
+        raise
+    except Exception as error:
+        logging.getLogger("mm.app").exception("a tab failed")
+        raise gr.Error(OURS, print_exception=False) from error

@@ -1,0 +1,76 @@
+"""Shapes for a prompt, to be turned and looked at."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from mm.apps._live import live, toasts
+from mm.apps._tabs import common
+
+if TYPE_CHECKING:
+    from mm.apps._tabs.shelf import Shelf
+    from mm.generation import Event
+
+EXAMPLES = ("a tall table with three legs", "a chair", "a lamp")
+CAMERA = (35, 70, None)
+
+
+def tab(shelf: Shelf) -> None:
+    import gradio as gr
+
+    from mm.pipelines.media import MODELLERS
+
+    able = shelf.makers("shape")
+    if not able:
+        return common.cannot("makes shapes", MODELLERS)
+    name, known = able[0], shelf.facts[able[0]]
+    with gr.Row():
+        with gr.Column(scale=2, min_width=300):
+            prompt = gr.Textbox(label="Prompt", placeholder=EXAMPLES[0], max_lines=3)
+            start = gr.Button("Build", variant="primary")
+            controls = common.settings(known, known.modalities["shape"])
+            shown = gr.Column()
+        with gr.Column(scale=3, min_width=300):
+            mesh = gr.Model3D(label="Shape (drag to turn it)", interactive=False, height=460, camera_position=CAMERA)
+            note = gr.Markdown(elem_classes="note")
+    run: dict[str, Any] = {
+        "fn": lambda *values: (yield from build(shelf.maker(name, "shape"), shelf, *values)),
+        "inputs": [prompt, *controls],
+        "outputs": [mesh, note],
+        "show_progress": "minimal",
+        **common.TURN,
+    }
+    gr.on([start.click, prompt.submit], api_name="build", **run)
+    with shown:
+        common.examples(EXAMPLES, prompt, run)
+
+
+def build(builder: Any, shelf: Shelf, prompt: str, seed: str, *options: Any) -> Iterator[tuple[str | None, str]]:
+    """A file with the mesh at the end, and a line about it. `options`: guidance, temperature, top-p, steps."""
+    with toasts():
+        prompt = common.words(prompt, "the prompt is empty; say what the shape is")
+        start, used = time.perf_counter(), common.chosen_seed(seed)
+
+        def work(tell: Callable[[Event], None]) -> Any:
+            return builder(prompt, seed=used, callback=tell, **common.sampling(*options))
+
+        for rows, made in live(work):
+            if made is None:
+                yield None, f"Seed {used}, {rows[0].done:.0%} done"
+                continue
+            mesh, took = made.meshes[0], f"{time.perf_counter() - start:.1f} s"
+            if not len(mesh.faces):
+                yield None, f"Seed {used}: nothing came of it ({made.reasons[0] or 'an empty shape'}); try another seed"
+                continue
+            yield written(shelf, mesh), f"Seed {used}, {len(mesh.faces):,} faces, made in {took}"
+
+
+def written(shelf: Shelf, mesh: Any) -> str:
+    """A file with the mesh that browsers show."""
+    from mm.shape_files import save_mesh
+
+    place = shelf.place(".glb")
+    save_mesh(place, mesh)
+    return str(place)
