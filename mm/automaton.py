@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Sequence
 
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
 
 
@@ -21,7 +22,6 @@ class Automaton(abc.ABC):
     def accept(self, token: int) -> None:
         """This id came. Never raises: one that was not allowed (it was given) is followed by the best there is."""
 
-    def place(self) -> Float[Tensor, " F"] | None:
-        """Where the next id stands in the format, as numbers of about 0 to 1, always as many; None: it doesn't say. The caller
-        doesn't change the tensor."""
+    def place(self) -> Sequence[float] | None:
+        """Where the next id stands in the format, as numbers of about −1 to 1, always as many; None: it doesn't say."""
         return None

@@ -13,7 +13,7 @@ from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor
 
 from mm.interfaces import Automaton
@@ -62,7 +62,7 @@ class ByteMachine(abc.ABC, Generic[State]):
         return state
 
     def place(self, state: State) -> list[float] | None:
-        """Where the next byte stands, as numbers of about 0 to 1; None: the format doesn't say."""
+        """Where the next byte stands, as numbers of about −1 to 1; None: the format doesn't say."""
         return None
 
     def reach(self, table: Sequence[bytes]) -> int:
@@ -215,6 +215,5 @@ class ByteAutomaton(Automaton):
                 after = self.grammar.machine.step(self.state, byte)
                 self.state = self.state if after is None else after
 
-    def place(self) -> Float[Tensor, " F"] | None:
-        found = self.grammar.machine.place(self.state)
-        return None if found is None else torch.tensor(found)
+    def place(self) -> list[float] | None:
+        return self.grammar.machine.place(self.state)

@@ -4,10 +4,11 @@ coefficient. Any reader of the file knows as much; a model that sees ids alone w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from mm.grid import coordinates, given_prefix
@@ -44,7 +45,7 @@ class Followed(Order):
             )
         return automaton
 
-    def _place(self, automaton: Automaton) -> Float[Tensor, " F"]:
+    def _place(self, automaton: Automaton) -> Sequence[float]:
         place = automaton.place()
         if place is None:
             raise ValueError(
@@ -67,7 +68,7 @@ class Followed(Order):
             copy=torch.zeros_like(element),
             target=torch.arange(1, len(ids) + 1),
             enters=True,
-            inject={self.name: torch.stack(places)},
+            inject={self.name: torch.from_numpy(np.array(places, np.float32))},
         )
 
     def layout(self, encoded: Encoded, *, context: bool, rng: torch.Generator) -> Layout:
