@@ -75,7 +75,7 @@ $(STAMPS)/run: $(STAMPS)/venv pyproject.toml constraints.txt
 
 $(STAMPS)/dev: $(STAMPS)/venv pyproject.toml constraints.txt
 	@echo "Installing mm with the tools for tests (the first time about 3 GB)"
-	$(PIP) install -c constraints.txt -e ".[dev,video,speech]"
+	$(PIP) install -c constraints.txt -e ".[dev,video,speech,mesh]"
 	@touch $@ $(STAMPS)/run
 
 $(STAMPS)/bench: $(STAMPS)/dev

@@ -167,7 +167,7 @@ class MeshFaces(ModalityTokenizer):
 
 
 def sorted_faces(index: Int[np.ndarray, "F 3"]) -> Int[np.ndarray, "F 3"]:
-    """Triangles of numbered corners in order, each turned so that its lowest comes first; none twice, none with a corner twice."""
+    """Triangles of numbered corners in order, each turned so that its lowest comes first: none twice, none without area."""
     index = index[(index[:, 0] != index[:, 1]) & (index[:, 1] != index[:, 2]) & (index[:, 2] != index[:, 0])]
     turn = (index.argmin(1)[:, None] + np.arange(3)) % 3
     return np.unique(np.take_along_axis(index, turn, 1), axis=0) if len(index) else index
