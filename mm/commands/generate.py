@@ -1,4 +1,4 @@
-"""`mm generate`: pictures, speech, video or text for a prompt."""
+"""`mm generate`: pictures, speech, video, shapes or text for a prompt."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ MOST = 10_000
 def arguments(argv: list[str]) -> Namespace:
     command = parser(
         "generate",
-        "Generate pictures, speech, video or text with a checkpoint; says where they went and how long it took.",
+        "Generate pictures, speech, video, shapes or text with a checkpoint; says where they went and how long it took.",
     )
     add = command.add_argument
     add("prompt", nargs="?", default="", help="what to generate, what is said, or how the text begins")
-    add("--to", default="image", metavar="KIND", help="what comes out: image, speech, video or text")
+    add("--to", default="image", metavar="KIND", help="what comes out: image, speech, video, 3d or text")
     add(
         "--from",
         dest="given",
         nargs="+",
         default=[],
         metavar="FILE",
-        help="pictures, sounds or clips that are given (after the prompt); --to text says what is in them, --to video goes on "
-        "from one",
+        help="pictures, sounds, clips or shapes that are given (after the prompt); --to text says what is in them, of a shape "
+        "with the prompt as a question; --to video goes on from one, --to 3d makes what a picture shows",
     )
     add("--mask", metavar="FILE", help="white where the picture of --from is drawn anew, black where it is kept")
     add(
@@ -75,9 +75,15 @@ def arguments(argv: list[str]) -> Namespace:
         help="of video: each pixel becomes a square of so many; default: as makes about 256 pixels",
     )
     add(
+        "--scales",
+        type=int,
+        metavar="K",
+        help="of 3d, of models that make shapes scale by scale: only the first K; of shapes in --from: only these are shown",
+    )
+    add(
         "--model",
         help="a shipped checkpoint, a folder, or owner/name on the hub; default: mm-tiny, mm-speech for --to speech, mm-video "
-        "for --to video",
+        "for --to video, mm-3d for shapes",
     )
     add("--out", metavar="PATH", help="file or folder; all but texts have a name made of the prompt by default")
     add("--num", type=int, default=1, metavar="N", help="how many; with several pictures also a contact sheet of them")
@@ -102,7 +108,7 @@ def main(argv: list[str]) -> int:
     start = time.perf_counter()
     from mm.commands import making
     from mm.pipelines.any_to_any import AnyToAnyPipeline
-    from mm.pipelines.media import FILMS, SPEAKERS, medium_of
+    from mm.pipelines.media import FILMS, MODELLERS, SPEAKERS, medium_of
 
     if args.num < 1:
         raise ValueError(f"--num must be at least 1, got {args.num}")
@@ -113,21 +119,21 @@ def main(argv: list[str]) -> int:
     if args.out:  # what can't be written is refused before the work
         writable(making.place(args.out, args.to))
     check_given(args)
-    args.model = args.model or usual(args.to)
+    args.model = args.model or usual("3d" if making.solids(args) else args.to)
     args.max_tokens = 128 if args.max_tokens is None else args.max_tokens
     pipeline = AnyToAnyPipeline.from_pretrained(args.model, args.device)
     choose_threads(pipeline.model, args.threads)
     loaded = time.perf_counter()
     kinds = ["text"]
     tokenizers = [modality.tokenizer for modality in pipeline.model.modalities[1:]]
-    for kind, medium in (("image", "picture"), ("speech", "sound"), ("video", "video")):
+    for kind, medium in (("image", "picture"), ("speech", "sound"), ("video", "video"), ("3d", "shape")):
         # not what is only read
         if any(medium_of(t.spec) == medium and t.decodes and (t.spec.spatial or kind != "speech") for t in tokenizers):
             kinds.append(kind)
     if args.to not in kinds:
         raise ValueError(
             f"{args.model!r} makes {' and '.join(kinds)}, not {args.to!r}"
-            + {"speech": f"; {SPEAKERS}", "video": f"; {FILMS}"}.get(args.to, "")
+            + {"speech": f"; {SPEAKERS}", "video": f"; {FILMS}", "3d": f"; {MODELLERS}"}.get(args.to, "")
         )
     with Bar("generating", args.to) as bar:
         done: dict[int, float] = {}
@@ -140,7 +146,7 @@ def main(argv: list[str]) -> int:
         output = making.MAKERS[args.to](pipeline, args, progress)
     finished = time.perf_counter()
     count = making.write(output, args)
-    what = {"image": "picture", "speech": "sound"}.get(args.to, args.to) + ("s" if count != 1 else "")
+    what = {"image": "picture", "speech": "sound", "3d": "shape"}.get(args.to, args.to) + ("s" if count != 1 else "")
     print(
         f"{count} {what} in {finished - loaded:.2f} s (model loaded in {loaded - start:.2f} s), seed {output.seed}",
         file=sys.stderr,
@@ -152,14 +158,16 @@ def usual(kind: str) -> str:
     """The shipped checkpoint for what comes out."""
     from mm.hub import shipped
 
-    wanted = {"speech": "mm-speech", "video": "mm-video"}.get(kind, "mm-tiny")
-    return wanted if kind != "video" or wanted in shipped() else "mm-tiny"  # which says what makes video
+    wanted = {"speech": "mm-speech", "video": "mm-video", "3d": "mm-3d"}.get(kind, "mm-tiny")
+    later = kind in ("video", "3d")  # where there is none, mm-tiny says what makes it
+    return wanted if not later or wanted in shipped() else "mm-tiny"
 
 
 def check_given(args: Namespace) -> None:
     """Raises `ValueError` for an empty prompt where one is needed, for a prompt that `--from` took for a file, and for options
     that would have no effect."""
-    from mm.pipelines.media import CLIPS, SOUNDS
+    from mm.commands.making import solids
+    from mm.pipelines.media import CLIPS, SHAPES, SOUNDS
     from mm.pipelines.outputs import PICTURES
     from mm.video_encoding import MAX_SCALE
 
@@ -175,6 +183,10 @@ def check_given(args: Namespace) -> None:
         raise ValueError(f"--to video goes on from one picture or clip, got {len(args.given)} in --from")
     if args.to == "video" and not args.prompt.strip() and not args.given:
         raise ValueError("the prompt is empty; say what the video shows")
+    if args.scales is not None and args.to != "3d" and not solids(args):
+        raise ValueError("--scales goes with --to 3d, or with shapes in --from")
+    if args.to == "3d" and bool(args.prompt.strip()) == bool(args.given):
+        raise ValueError("--to 3d makes what a prompt says, or what pictures in --from show; give one of the two")
     if args.max_tokens is not None and args.to != "text":
         raise ValueError("--max-tokens goes with --to text")
     if args.mask and (args.to != "image" or len(args.given) != 1):
@@ -202,7 +214,7 @@ def check_given(args: Namespace) -> None:
     if args.to == "image" and not args.prompt.strip() and not (args.given and not args.mask):
         raise ValueError("the prompt is empty; say what the picture shows")
     for name in args.given if not args.prompt else ():
-        if Path(name).suffix.lower() not in {*PICTURES, *SOUNDS, *CLIPS} and not os.path.exists(name):
+        if Path(name).suffix.lower() not in {*PICTURES, *SOUNDS, *CLIPS, *SHAPES} and not os.path.exists(name):
             raise ValueError(
                 f"the file {name!r} is missing; --from takes all that follows it, so a prompt goes before it: "
                 f"mm generate {name!r} --from FILE"

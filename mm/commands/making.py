@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mm.pipelines.base import Pipeline
-    from mm.pipelines.outputs import VideoOutput
+    from mm.pipelines.outputs import MeshOutput, VideoOutput
 
 SAMPLING = ("guidance", "steps", "denoising_steps", "temperature", "top_p", "top_k")
 SIDE = 256
@@ -20,11 +20,11 @@ SIDE = 256
 
 def place(path: str, kind: str) -> Path:
     """Where one result would go. Raises `ValueError` for an ending that can't be written."""
-    from mm.pipelines.outputs import PICTURES, SOUNDS, TEXTS, numbered, video_endings
+    from mm.pipelines.outputs import MESHES, PICTURES, SHOWN, SOUNDS, TEXTS, numbered, video_endings
     from mm.video_encoding import FFMPEG
     from mm.video_files import require_av
 
-    endings = {"image": PICTURES, "speech": SOUNDS, "video": video_endings()}.get(kind, TEXTS)
+    endings = {"image": PICTURES, "speech": SOUNDS, "video": video_endings(), "3d": (*MESHES, *SHOWN)}.get(kind, TEXTS)
     where = numbered(path, 1, "out", endings)[0]
     if kind == "video" and where.suffix.lower() in FFMPEG:
         require_av(f"can't write {str(where)!r} without FFmpeg", "or write a .gif")
@@ -127,14 +127,41 @@ def videos(pipeline: Pipeline, args: Namespace, progress: Any) -> Any:
     )
 
 
+def meshes(pipeline: Pipeline, args: Namespace, progress: Any) -> Any:
+    """Shapes for the prompt, or of what pictures show."""
+    from mm.pipelines.image_to_3d import ImageTo3DPipeline
+    from mm.pipelines.text_to_3d import TextTo3DPipeline
+
+    options: dict[str, Any] = dict(
+        num_meshes=args.num, scales=args.scales, seed=args.seed, callback=progress, **_options(args)
+    )
+    if args.given:
+        return ImageTo3DPipeline(pipeline.model, pipeline.recommended)(args.given, **options)
+    return TextTo3DPipeline(pipeline.model, pipeline.recommended)(args.prompt, **options)
+
+
+def solids(args: Namespace) -> bool:
+    """Whether shapes are given. Raises `ValueError` where something else is given too."""
+    from mm.pipelines.media import SHAPES
+
+    shapes = [Path(name).suffix.lower() in {*SHAPES, ".npz"} for name in args.given]
+    if any(shapes) and not all(shapes):
+        raise ValueError("--from has shapes and something else; run mm generate for each kind")
+    if any(shapes) and args.to != "text":
+        raise ValueError(f"shapes in --from are told about: use --to text, not {args.to}")
+    return any(shapes)
+
+
 def texts(pipeline: Pipeline, args: Namespace, progress: Any) -> Any:
-    """Texts of given pictures, clips or sounds, or the continuation of the prompt."""
+    """Texts of given pictures, clips, sounds or shapes, or the continuation of the prompt."""
     from mm.pipelines.any_to_any import AnyToAnyPipeline
     from mm.pipelines.image_to_text import ImageToTextPipeline
     from mm.pipelines.outputs import TextOutput
 
     if _heard(pipeline, args):
         return _transcripts(pipeline, args, progress)
+    if solids(args):
+        return _told(pipeline, args, progress)
     if args.given:
         reader = ImageToTextPipeline(pipeline.model, pipeline.recommended)
         return reader(
@@ -185,12 +212,38 @@ def _transcripts(pipeline: Pipeline, args: Namespace, progress: Any) -> Any:
     return listener(args.given, max_tokens=args.max_tokens, seed=args.seed, callback=progress, **_options(args))
 
 
+def _told(pipeline: Pipeline, args: Namespace, progress: Any) -> Any:
+    """What shapes are, or the answer to the question that is the prompt."""
+    from mm.pipelines.shape_to_text import ShapeToTextPipeline
+
+    return ShapeToTextPipeline(pipeline.model, pipeline.recommended)(
+        args.given,
+        question=args.prompt,
+        scales=args.scales,
+        num_texts=args.num,
+        max_tokens=args.max_tokens,
+        seed=args.seed,
+        callback=progress,
+        **_options(args),
+    )
+
+
 def write(output: Any, args: Namespace) -> int:
     """Save what was generated and say where; texts also go to standard output."""
-    from mm.pipelines.outputs import PICTURES, AudioOutput, ImageOutput, VideoOutput, numbered, save_picture
+    from mm.pipelines.outputs import (
+        PICTURES,
+        AudioOutput,
+        ImageOutput,
+        MeshOutput,
+        VideoOutput,
+        numbered,
+        save_picture,
+    )
 
     if isinstance(output, VideoOutput):
         return _write_videos(output, args)
+    if isinstance(output, MeshOutput):
+        return _write_meshes(output, args)
     if isinstance(output, AudioOutput):
         places = output.save(args.out or unused(slug(args.prompt, "speech") + ".wav"))
         for file, samples in zip(places, output.audios, strict=True):
@@ -232,6 +285,20 @@ def _write_videos(output: VideoOutput, args: Namespace) -> int:
     return len(places)
 
 
+def _write_meshes(output: MeshOutput, args: Namespace) -> int:
+    from mm.pipelines.outputs import save_picture
+
+    places = output.save(args.out or unused(slug(args.prompt, "shape") + ".glb"))
+    for file, mesh, valid, reason in zip(places, output.meshes, output.valid, output.reasons, strict=True):
+        closed = "closed" if len(mesh.faces) and mesh.is_watertight else "open"
+        print(f"wrote {file} ({len(mesh.faces):,} faces, {closed})" if valid else f"wrote {file}; {reason}")
+    if len(places) > 1:
+        sheet = places[0].with_name(f"{places[0].stem.rpartition('-')[0]}-sheet.png")
+        save_picture(output.sheet(), sheet)
+        print(f"all of them are in {sheet}")
+    return len(places)
+
+
 def slug(text: str, otherwise: str = "picture") -> str:
     """A file name for a prompt; `otherwise` for one without a letter that file names may have."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60] or otherwise
@@ -250,5 +317,6 @@ MAKERS: dict[str, Callable[[Pipeline, Namespace, Any], Any]] = {
     "image": images,
     "speech": speech,
     "video": videos,
+    "3d": meshes,
     "text": texts,
 }

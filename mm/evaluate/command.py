@@ -17,7 +17,9 @@ SAMPLING: dict[str, type] = {
     "guidance": float, "temperature": float, "top_p": float, "top_k": int, "steps": int, "denoising_steps": int,
 }  # fmt: skip
 """Fields of `mm.interfaces.Sampling` that have an option."""
-FAMILIES = ("tokenizer", "digits", "emoji", "speaking", "pace", "editing", "hearing", "listening", "video", "bytes")
+FAMILIES = (
+    "tokenizer", "digits", "emoji", "speaking", "pace", "editing", "hearing", "listening", "video", "shapes", "bytes",
+)  # fmt: skip
 """As in `mm.evaluate.run`, which takes seconds to import."""
 EPILOG = """\
 data is KIND:PATH[,PATH ...]:
@@ -28,6 +30,8 @@ data is KIND:PATH[,PATH ...]:
   spoken:FILE.tar                recordings of single digits (text, speaker, index): judged by networks trained here
   moving:digits=FILE.npz,...     clips that are made as they are needed, for models of video; settings of MovingSource:
                                  digits, pictures, motions=straight+turn, things, size, frames, grounds, inks, varied
+  shapes:count=20000,...         shapes that are made as they are needed, for models of shapes; settings of ShapesSource as in
+                                 the training: count, seed, size, kinds=table+chair, turned, holdout_every
   NAME:PATH                      any other pictures (shards, folder): the tokenizer's figures only
 
 example: mm evaluate --model mm-tiny --data emoji:noto.tar,twemoji.tar digits:digits.npz --out results
@@ -145,7 +149,7 @@ def parse_data(arguments: Sequence[str]) -> dict[str, list[str]]:
     for argument in arguments:
         kind, colon, rest = argument.partition(":")
         paths = [path for path in rest.split(",") if path]
-        made = argument == "moving"  # as it is needed: no file
+        made = argument in ("moving", "shapes")  # as it is needed: no file
         if not made and (not colon or not kind.isidentifier() or not paths):
             raise ValueError(f"data {argument!r} is not KIND:PATH[,PATH ...], such as digits:digits.npz")
         found.setdefault(kind, []).extend(paths)
@@ -160,6 +164,10 @@ def open_source(kind: str, paths: Sequence[str]) -> Any:
         from mm.evaluate.video import open_moving
 
         return open_moving(paths)
+    if kind == "shapes":
+        from mm.evaluate.shapes import open_shapes
+
+        return open_shapes(paths)
     if kind == "digits":
         if len(paths) != 1:
             raise ValueError(f"digits are one .npz file, got {len(paths)} paths")

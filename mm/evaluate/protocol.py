@@ -66,6 +66,25 @@ EMOJI_JUDGE = Recipe(
 
 
 @dataclass(frozen=True, kw_only=True)
+class SolidRecipe(Schedule):
+    """Shape and training of the judge of shapes (`mm.evaluate.shape_judge`)."""
+
+    widths: tuple[int, int, int]
+    features: int
+    examples: int
+    """Shapes that it is trained on."""
+    swell: float
+    """Largest amount by which surfaces are moved in or out, place by place, in cells: a tokenizer does so too."""
+    noise: float
+    """Of the distance of each cell to the surface, in cells."""
+
+
+SOLID_JUDGE = SolidRecipe(
+    widths=(16, 32, 64), features=128, epochs=8, learning_rate=3e-3, batch=64, examples=8000, swell=0.4, noise=0.25
+)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Protocol:
     """What is drawn, how much of it, and how it is judged."""
 
@@ -99,6 +118,7 @@ class Protocol:
     """Clips are also made so many times as long as the model's own."""
     digit_judge: Recipe = DIGIT_JUDGE
     emoji_judge: Recipe = EMOJI_JUDGE
+    solid_judge: SolidRecipe = SOLID_JUDGE
 
     def __post_init__(self) -> None:
         for name in ("samples", "batch", "single", "caption_tokens", "captioned", "pictures_for_codes", "rollout"):
@@ -134,6 +154,16 @@ GOALS: Mapping[tuple[str, str], float] = {
     ("video", "true clips: motion as captioned"): 0.99,
     ("video", "rollout: digits recognised, last ÷ first frame"): 0.90,
     ("video", "rollout: direction as captioned"): 0.90,
+    ("shapes", "true shapes: class"): 0.98,
+    ("shapes", "tokenizer: IoU, held-out shapes"): 0.85,
+    ("shapes", "tokenizer: codebook usage"): 0.50,
+    ("shapes", "tokenizer: volume error"): 0.05,
+    ("shapes", "generated: not empty"): 0.98,
+    ("shapes", "generated: class"): 0.90,
+    ("shapes", "generated: height"): 0.80,
+    ("shapes", "generated: legs"): 0.80,
+    ("shapes", "captions: class"): 0.95,
+    ("shapes", "captions: exact"): 0.80,
     ("bytes", "strict, with the automaton"): 0.99,
     ("bytes", "one byte wrong: median error without ÷ with restart markers"): 2.0,
     ("emoji", "training captions: asked caption, pixel"): 0.70,

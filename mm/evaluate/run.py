@@ -10,6 +10,7 @@ from typing import Any
 
 from mm.data.example import Source
 from mm.data.moving import MovingSource
+from mm.data.shapes import ShapesSource
 from mm.evaluate.bytes import KINDS, evaluate_bytes
 from mm.evaluate.digits import evaluate_digits
 from mm.evaluate.emoji import evaluate_emoji
@@ -18,13 +19,16 @@ from mm.evaluate.general import evaluate_generation
 from mm.evaluate.networks import Say
 from mm.evaluate.protocol import Protocol
 from mm.evaluate.results import Figure, Report
+from mm.evaluate.shapes import SHAPES, ShapeSubject, evaluate_shapes
 from mm.evaluate.speech_subject import CLEAR, PARTS, REAL, SpeechSubject, evaluate_speech
 from mm.evaluate.subject import Outcome, Subject, fingerprint
 from mm.evaluate.tokenizer import evaluate_tokenizer
 from mm.evaluate.video import MOVING, VideoSubject, evaluate_video
 from mm.interfaces import ModalityTokenizer
 
-FAMILIES = ("tokenizer", "digits", "emoji", "speaking", "pace", "editing", "hearing", "listening", "video", "bytes")
+FAMILIES = (
+    "tokenizer", "digits", "emoji", "speaking", "pace", "editing", "hearing", "listening", "video", "shapes", "bytes",
+)  # fmt: skip
 SHOWN = 40
 """Pictures on a contact sheet: the first ones, not the best."""
 
@@ -43,16 +47,17 @@ def evaluate(
     """Every figure that the given sources allow.
 
     Args:
-        model: a `MultimodalModel`, a pipeline, a training module, or a `Subject`, `SpeechSubject` or `VideoSubject` (whose
-            sampling and batch then hold); or a tokenizer of sound by itself.
+        model: a `MultimodalModel`, a pipeline, a training module, or a `Subject`, `SpeechSubject`, `VideoSubject` or
+            `ShapeSubject` (whose sampling and batch then hold); or a tokenizer of sound by itself.
         sources: whole sources (split "all") by kind: "digits" (field `digit`), "emoji" (fields `caption`, `style`, and
             `category`, `subcategory` if there are any; one key a concept), "missing" (emoji in styles that the model
             has not seen), "speech" and "spoken" as for `evaluate_speech`, "moving" (a `MovingSource`, for models of video),
-            and any other name for pictures of which only the tokenizer is measured.
+            "shapes" (a `ShapesSource`, for models of shapes), and any other name for pictures of which only the tokenizer is
+            measured.
         protocol: what is drawn and how it is judged.
         folder: where judges are kept (`judges/`) and contact sheets written; None: nowhere.
         only: families to measure, of `FAMILIES`.
-        sampling: fields of `Sampling` for pictures, sounds and video, instead of what the checkpoint recommends.
+        sampling: fields of `Sampling` for pictures, sounds, video and shapes, instead of what the checkpoint recommends.
         name: what the results call the model.
         say: told what is going on, a line at a time.
 
@@ -68,10 +73,12 @@ def evaluate(
     if unknown := sorted(set(only) - set(FAMILIES)):
         raise ValueError(f"there is no family of figures {unknown[0]!r}; there are {', '.join(FAMILIES)}")
     if not sources:
-        raise ValueError("there is nothing to evaluate on; give at least one source of pictures, speech or clips")
+        raise ValueError(
+            "there is nothing to evaluate on; give at least one source of pictures, speech, clips or shapes"
+        )
     folder = None if folder is None else Path(folder)
     judges = None if folder is None else folder / "judges"
-    pictures = {kind: source for kind, source in sources.items() if kind not in (CLEAR, REAL, MOVING)}
+    pictures = {kind: source for kind, source in sources.items() if kind not in (CLEAR, REAL, MOVING, SHAPES)}
     moving = sources.get(MOVING)
     figures: list[Figure] = []
     sampled: dict[str, Any] = {}
@@ -92,6 +99,15 @@ def evaluate(
             films = VideoSubject(model, name=name, sampling=sampling, batch=protocol.batch)
         figures += evaluate_video(films, moving, protocol, folder, judges, say)
         held, name, sampled["video"] = films.model, films.name, asdict(films.sampling)
+    if SHAPES in sources and "shapes" in only:
+        solids = sources[SHAPES]
+        if not isinstance(solids, ShapesSource):
+            raise ValueError(f"the source 'shapes' is {solids.what}; give a ShapesSource, which knows what stands how")
+        makes = model
+        if not isinstance(makes, ShapeSubject):
+            makes = ShapeSubject(model, name=name, sampling=sampling, batch=protocol.batch)
+        figures += evaluate_shapes(makes, solids, protocol, folder, judges, say)
+        held, name, sampled["shape"] = makes.model, makes.name, asdict(makes.sampling)
     if pictures:
         subject = model if isinstance(model, Subject) else _subject(model, name, sampling, protocol)
         figures += _evaluate_pictures(subject, pictures, protocol, folder, judges, only, say)

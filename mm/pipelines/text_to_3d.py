@@ -49,20 +49,27 @@ class ShapeMaker(Pipeline):
         constrained: bool = True,
     ) -> list[Encoded]:
         """Tokens of `num_meshes` shapes for each encoded prompt. `grid`: what `grid` returned, by default of a whole shape."""
+        requests = self.requests(prompts, num_meshes=num_meshes, grid=grid, sampling=sampling, constrained=constrained)
+        return [segments[-1].content for segments in self.run(requests, seed, callback)]
+
+    def requests(
+        self,
+        prompts: Sequence[Sequence[Segment]],
+        *,
+        num_meshes: int = 1,
+        grid: tuple[int, ...] | None = None,
+        sampling: Sampling | None = None,
+        constrained: bool = True,
+    ) -> list[Request]:
+        """What `generate` asks of the engine."""
         num_meshes = check_count("num_meshes", num_meshes, len(prompts))
         grid, name = grid or self.grid(), self.shape
-        requests = [
-            Request(
-                prompt=prompt,
-                items=[(name, grid)],
-                text=False,
-                sampling=sampling or self.sampling(name, {}),
-                constrained=constrained,
-            )
+        sampling = sampling or self.sampling(name, {})
+        return [
+            Request(prompt=prompt, items=[(name, grid)], text=False, sampling=sampling, constrained=constrained)
             for prompt in prompts
             for _ in range(num_meshes)
         ]
-        return [segments[-1].content for segments in self.run(requests, seed, callback)]
 
     def decode(self, tokens: Sequence[Encoded]) -> list[Shape]:
         """Shapes, of which each has its mesh."""
