@@ -111,15 +111,15 @@ class Reader:
             reason = "the file ends early"
         else:
             reason = f"byte {count} of {len(data)} can't stand there"
-        data, good = self.repaired(data)
+        data, good, shown = self.repaired(data)
         if all(good):
             return Read(picture=self.pixels(data), status="repaired", reason=reason, data=data)
-        if not any(good):
+        if not any(shown):
             grey = self._grey(self.frame.size[::-1])
             return Read(picture=grey, status="invalid", reason=f"{reason}; no part of it could be read", data=data)
         picture = self.pixels(data)
         (height, width), columns = self.frame.mcu, self.frame.grid[1]
-        for number, fine in enumerate(good):
+        for number, fine in enumerate(shown):
             if not fine:
                 row, column = divmod(number, columns)
                 picture.paste(self._grey((width, height)), (column * width, row * height))
@@ -143,19 +143,23 @@ class Reader:
 
     # ---- what can be read of a damaged file --------------------------------------------------------------------------
 
-    def repaired(self, data: bytes) -> tuple[bytes, list[bool]]:
-        """A strict file of all whole MCUs that can be read, and which these are; the others are like the one before, or grey.
-        With restart markers an interval is found by its number; what lies behind a damage is then not lost."""
-        machine, good = self.machine, []
+    def repaired(self, data: bytes) -> tuple[bytes, list[bool], list[bool]]:
+        """A strict file of all whole blocks that can be read, which MCUs are whole, and which are in part at least; blocks that
+        are missing are like the one before. With restart markers an interval is found by its number; what lies behind a damage
+        is then not lost."""
+        machine, empty, good, shown = self.machine, self.machine.way.empty, list[bool](), list[bool]()
         out = bytearray(self.header)
         for left, part in self._intervals(self._body(data)).items():
             after, beyond = machine.after(left)
-            bits, whole = self._mcus(part, left)
+            bits, count = self._blocks(part, left)
+            whole, begun = divmod(count, len(empty))
             good += [n < whole for n in range(after + 1)]
-            empty = [bit for block in machine.way.empty for bit in block]
-            out += packed("".join(map(str, bits + empty * (after + 1 - whole))))
+            shown += [n < whole + (begun > 0) for n in range(after + 1)]
+            for number in range(count, (after + 1) * len(empty)):
+                bits += empty[number % len(empty)]
+            out += packed("".join(map(str, bits)))
             out += bytes([0xFF, machine.number(beyond)])
-        return bytes(out), good
+        return bytes(out), good, shown
 
     def _body(self, data: bytes) -> bytes:
         """What comes after the header, or after what stands in its place."""
@@ -182,19 +186,19 @@ class Reader:
             parts.setdefault(number, body[begin:])
         return {total - n * size: parts.get(n, b"") for n in range(count)}
 
-    def _mcus(self, part: bytes, left: int) -> tuple[list[int], int]:
-        """Bits of the whole MCUs at the beginning of an interval, and how many there are."""
-        machine, inner, whole, kept = self.machine, Bits(left), 0, 0
+    def _blocks(self, part: bytes, left: int) -> tuple[list[int], int]:
+        """Bits of the whole blocks at the beginning of an interval, and how many there are."""
+        machine, inner, count, kept = self.machine, Bits(left), 0, 0
         bits: list[int] = []
         for byte in part.replace(b"\xff\x00", b"\xff"):
             for place in range(7, -1, -1):
                 following = machine.bit(inner, byte >> place & 1)
                 if following is None:
-                    return bits[:kept], whole
+                    return bits[:kept], count
                 bits.append(byte >> place & 1)
                 if isinstance(following, int):
-                    return bits, machine.after(left)[0] + 1
-                if following.left < inner.left:
-                    whole, kept = left - following.left, len(bits)
+                    return bits, count + 1
+                if (following.left, following.block) != (inner.left, inner.block):
+                    count, kept = count + 1, len(bits)
                 inner = following
-        return bits[:kept], whole
+        return bits[:kept], count
