@@ -64,7 +64,6 @@ def tab(shelf: Shelf) -> None:
             [AUTOMATIC, TEXT, *(ANSWERS[medium] for medium in made)], value=AUTOMATIC, label="Answer with"
         )
         whole = gr.Checkbox(False, label="Earlier messages count too", info="for models trained on conversations")
-        again = gr.Button("Start anew")
     run: dict[str, Any] = {
         "fn": lambda *values: (yield from reply(shelf, *values)),
         "inputs": [message, talk, wanted, whole],
@@ -73,7 +72,7 @@ def tab(shelf: Shelf) -> None:
         **common.TURN,
     }
     message.submit(api_name="chat", **run)
-    again.click(lambda: ([], Talk()), None, [chat, talk], api_visibility="private")
+    chat.clear(Talk, None, talk, api_visibility="private")
     gr.Examples([[{"text": text, "files": []}] for text in EXAMPLES], message, label="For example")
 
 

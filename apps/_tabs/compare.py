@@ -69,12 +69,14 @@ def side(shelf: Shelf, number: int, first: str) -> tuple[list[Component], list[C
             guidance = gr.Slider(
                 1, 8, usual.guidance if usual else 1, step=0.1, label=f"Guidance {letter}", min_width=120
             )
-            temperature = gr.Slider(0, 2, min(2.0, heat), step=0.05, label=f"Temperature {letter}", min_width=120)
+            temperature = gr.Slider(
+                0, 2, min(2.0, round(heat, 2)), step=0.05, label=f"Temperature {letter}", min_width=120
+            )
         look: dict[str, Any] = {"format": "png", "elem_classes": "pictures"}
         gallery = gr.Gallery(
             label=f"Pictures {letter}", columns=2, height=380, interactive=False, visible=first == "picture", **look
         )
-        heard = gr.Audio(label=f"Speech {letter}", interactive=False, visible=first == "sound")
+        heard = gr.Audio(label=f"Speech {letter}", interactive=False, buttons=["download"], visible=first == "sound")
         seen = gr.Video(
             label=f"Clip {letter}",
             autoplay=True,

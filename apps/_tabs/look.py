@@ -15,7 +15,9 @@ COLOURS = {
 }
 """Of each medium, on the page and in the strips of tokens."""
 CSS = """
-.gradio-container { max-width: 1180px !important; margin: auto; }
+.gradio-container { max-width: 1180px !important; width: 100%; margin: auto; }
+.gradio-container main, .gradio-container .wrap.fillable { width: 100%; }
+.tabs { width: 100%; }
 .head { display: flex; align-items: center; gap: 14px; flex-wrap: wrap; padding: 6px 0 2px; }
 .head .name { font-size: 30px; font-weight: 800; letter-spacing: -1px;
   background: linear-gradient(90deg, #6366f1, #ec4899, #f59e0b); -webkit-background-clip: text; color: transparent; }
@@ -25,13 +27,15 @@ CSS = """
 .pictures img, .chat img { image-rendering: pixelated; object-fit: contain !important; }
 .pictures .grid-wrap { overflow-y: auto; }
 .moving video { image-rendering: pixelated; object-fit: contain; }
+.chat button[aria-label="Share"] { display: none; }
 .chat .message img { width: 192px; max-width: 60vw; height: auto; border-radius: 10px; }
 .note { min-height: 1.6em; color: var(--body-text-color-subdued); }
+.cannot .cannot { border: 0; padding: 0 !important; }
 .cannot { border: 1px dashed var(--border-color-primary); border-radius: 12px; padding: 22px !important; }
 .strip { display: flex; flex-wrap: wrap; gap: 3px; margin: 8px 0 14px; }
 .strip div { width: 30px; border-radius: 6px; text-align: center; color: #fff; font: 11px/1.25 ui-monospace, monospace;
   padding: 3px 0; overflow: hidden; }
-.strip b { display: block; font-size: 12px; height: 15px; overflow: hidden; }
+.strip b { display: block; color: #fff; font-size: 12px; height: 15px; overflow: hidden; }
 .strip .noisy { outline: 2px dashed #f43f5e; outline-offset: -2px; }
 .strip .swatch { display: block; height: 13px; margin: 1px 4px; border-radius: 3px; border: 1px solid #fff8; }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 14px; font-size: 13px; }

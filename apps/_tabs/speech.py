@@ -43,14 +43,19 @@ def tab(shelf: Shelf) -> None:
             recording = common.as_path(
                 gr.Audio(label="Voice of a recording", sources=["upload", "microphone"], visible=not known.voices)
             )
-            pace = gr.Slider(0.5, 2, 1, step=0.05, label="Pace", info="2 = twice as long")
+            pace = gr.Slider(0.5, 2, 1, step=0.05, label="Duration", info="times what the model finds right")
             controls = common.settings(known, known.modalities["sound"])
             shown = gr.Column()
         with gr.Column(scale=3, min_width=300):
             heard = gr.Audio(
-                label="While it is spoken", streaming=True, autoplay=True, interactive=False, visible=streams
+                label="While it is spoken",
+                streaming=True,
+                autoplay=True,
+                interactive=False,
+                visible=streams,
+                buttons=[],
             )
-            whole = gr.Audio(label="Speech", interactive=False, autoplay=not streams)
+            whole = gr.Audio(label="Speech", interactive=False, autoplay=not streams, buttons=["download"])
             note = gr.Markdown(elem_classes="note")
 
     def run_it(*values: Any) -> Iterator[tuple[Any, ...]]:

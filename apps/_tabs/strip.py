@@ -112,7 +112,7 @@ def strip(shown: Sequence[Cell]) -> str:
         swatch = (
             f'<span class="swatch" style="background:{mixed(cell.colour, cell.time)}"></span>' if cell.colour else ""
         )
-        more = (f"c{cell.copy} " if cell.copy else "") + (f"t{cell.time:g}" if cell.time else "")
+        more = (f"c{cell.copy} " if cell.copy else "") + (f"t{cell.time:.1f}".replace("0.", ".") if cell.time else "")
         title = f"position {at}: {cell.medium} {cell.label}, order {cell.order}, copy {cell.copy}, time {cell.time:g}"
         title += f", predicts position {cell.target}" if cell.target >= 0 else ", predicts nothing"
         held = "?" if cell.time == 1 else short(cell.label)

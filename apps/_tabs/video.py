@@ -48,7 +48,13 @@ def tab(shelf: Shelf) -> None:
             look: dict[str, Any] = {"height": 420, "format": "png", "elem_classes": "pictures"}
             latest = gr.Image(label="Frames as they come", interactive=False, visible=False, buttons=[], **look)
             video = gr.Video(
-                label="Clip", interactive=False, autoplay=True, loop=True, height=420, elem_classes="moving"
+                label="Clip",
+                interactive=False,
+                autoplay=True,
+                loop=True,
+                height=420,
+                elem_classes="moving",
+                buttons=["download"],
             )
             note = gr.Markdown(elem_classes="note")
 
