@@ -26,7 +26,7 @@ from mm.quantizers import Quantized
 from mm.shape_tokenizer import Lesson, ShapeTokenizer, pictures_of
 from mm.shapes import Shape
 from mm.trainable import Reconstruction
-from mm.triplane import GridPlanes, PlaneDecoder, ViewPlanes
+from mm.triplane import GridPlanes, PlaneDecoder, Planes, ViewPlanes, begin_principal
 from mm.voxel_autoencoder import SIDES
 
 QUANTIZER = ("codebook_size", "code_dim", "phis", "residual", "commitment", "decay", "dead_below", "normalize")
@@ -118,10 +118,10 @@ class TriplaneMSVQ(ShapeTokenizer):
         else:
             self.encoder = GridPlanes(self.size, side, latent, **networks)
         self.decoder = PlaneDecoder(
+            self.size,
             side,
             latent,
             features=c["features"],
-            finer=self.size // side,
             width=c["decoder_width"],
             depth=c["decoder_depth"],
             heads=heads,
@@ -188,8 +188,8 @@ class TriplaneMSVQ(ShapeTokenizer):
     def ids_of(self, x: Float[Tensor, "B ..."]) -> Int[Tensor, "B n"]:
         return self.quantizer(self.encoder(x)).ids
 
-    def planes_of(self, ids: Int[Tensor, "B n"]) -> Float[Tensor, "B P F R R"]:
-        """Planes of features, of ids of whole scales."""
+    def planes_of(self, ids: Int[Tensor, "B n"]) -> Planes:
+        """Of ids of whole scales."""
         return self.decoder(self.quantizer.lookup(ids).to(self._like().dtype))
 
     @torch.no_grad()
@@ -197,19 +197,19 @@ class TriplaneMSVQ(ShapeTokenizer):
         """At any points of the unit cube, of ids of whole scales (`mm.shape_tokenizer`), a part of them at a time."""
         planes = self.planes_of(ids.to(self._like().device))
         step = max(1, CHUNK // (len(ids) * self.config["features"]))
-        parts = points.to(planes.device).split(step, dim=1)
+        parts = points.to(planes.coarse.device).split(step, dim=1)
         return torch.cat([self.decoder.at_points(planes, part) for part in parts], dim=1)
 
     def solidity_of(self, ids: Int[Tensor, "B n"]) -> Float[Tensor, "B N N N"]:
         return self._whole(self.planes_of(ids))
 
-    def _whole(self, planes: Float[Tensor, "B P F R R"]) -> Float[Tensor, "B N N N"]:
+    def _whole(self, planes: Planes) -> Float[Tensor, "B N N N"]:
         """All cells, a few layers along x at a time."""
-        every = torch.arange(self.size, device=planes.device)
-        step = max(1, CHUNK // (len(planes) * self.size**2 * self.config["features"]))
+        every = torch.arange(self.size, device=planes.coarse.device)
+        step = max(1, CHUNK // (len(planes.coarse) * self.size**2 * self.config["features"]))
         return torch.cat([self.decoder.at_cells(planes, (part, every, every)) for part in every.split(step)], dim=1)
 
-    def _through(self, x: Float[Tensor, "B ..."]) -> tuple[Float[Tensor, "B P F R R"], Quantized]:
+    def _through(self, x: Float[Tensor, "B ..."]) -> tuple[Planes, Quantized]:
         found = self.quantizer(self.encoder(x))
         return self.decoder(found.latents.to(self._like().dtype)), found
 
@@ -231,8 +231,11 @@ class TriplaneMSVQ(ShapeTokenizer):
 
     @torch.no_grad()
     def warm_start(self, batch: Float[Tensor, "B ..."]) -> None:
-        """Cubes: the encoder begins as principal components of columns. Codes begin as k-means over all scales and planes."""
+        """Of cubes: begin as the best linear code of columns over single places of each plane; what comes back is the mean of the
+        three. Of pictures: begin as what differs among them. Codes begin as k-means over all scales and planes."""
         if isinstance(self.encoder, GridPlanes):
+            begin_principal(self.encoder, self.decoder, batch)
+        else:
             self.encoder.begin_principal(batch)
         self.quantizer.warm_start(self.encoder(batch))
         self.weights_changed()
