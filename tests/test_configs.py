@@ -22,6 +22,12 @@ PALETTE = [
     "--model.init_args.modalities.tokenizer.init_args.side=4",
 ]
 OWN = {
+    "jpeg_lm": [
+        "--model.init_args.modalities.tokenizer=mm.tokenizers.jpeg_bytes.JpegBytes",
+        "--model.init_args.modalities.tokenizer.init_args.pretrained=null",
+        "--model.init_args.modalities.tokenizer.init_args.size=[8,8]",
+        "--model.init_args.modalities.tokenizer.init_args.strip_header=true",
+    ],
     "var": [
         "--model.init_args.modalities.tokenizer=mm.tokenizers.image_msvq.ImageMSVQ",
         "--model.init_args.modalities.tokenizer.init_args.pretrained=null",
