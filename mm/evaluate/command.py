@@ -19,8 +19,9 @@ SAMPLING: dict[str, type] = {
 """Fields of `mm.interfaces.Sampling` that have an option."""
 FAMILIES = (
     "tokenizer", "digits", "emoji", "speaking", "pace", "editing", "hearing", "listening", "video", "shapes", "bytes",
+    "crossing",
 )  # fmt: skip
-"""As in `mm.evaluate.run`, which takes seconds to import."""
+"""Of figures, in the order of the table."""
 EPILOG = """\
 data is KIND:PATH[,PATH ...]:
   digits:FILE.npz                handwritten digits (images uint8[n, h, w], labels [n])
