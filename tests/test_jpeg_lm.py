@@ -14,8 +14,10 @@ from PIL import Image
 from mm import jpeg, plugins
 from mm.byte_automaton import ByteGrammar
 from mm.commands.train import main
-from mm.interfaces import Decoded, Encoded
+from mm.interfaces import Decoded, Encoded, Order
 from mm.layout import Segment
+from mm.orders.followed import Followed
+from mm.orders.raster import Raster
 from mm.pipelines.text_to_image import TextToImagePipeline
 from mm.stream import pack
 from mm.testing import tiny
@@ -286,10 +288,14 @@ def test_the_merges_are_learned_by_mm_fit(here: Path) -> None:
     assert len(made.bpe.merges) > 20 and made.config["strip_header"]
 
 
-def memorised(count: int, steps: int, width: int) -> tuple[int, int]:
+PLAIN: dict[str, Any] = {"strip_header": True, "vocab": 320}
+ALIGNED: dict[str, Any] = {**PLAIN, "quality": 10, "subsampling": "4:4:4", "huffman": "aligned"}
+
+
+def memorised(count: int, steps: int, width: int, order: Order, **settings: Any) -> tuple[int, int]:
     """How many of so many files a model writes again byte for byte, greedily, each behind its name."""
-    tokenizer = trained(strip_header=True, vocab=320)
-    model = tiny(tokenizer=tokenizer, context=320, width=width, layers=3, heads=4).train()
+    tokenizer = trained(**settings)
+    model = tiny(order, tokenizer=tokenizer, context=384, width=width, layers=3, heads=4).train()
     names, images = [f"thing {n}" for n in range(count)], shapes(count)
     documents = []
     for name, image in zip(names, images, strict=True):
@@ -311,12 +317,13 @@ def memorised(count: int, steps: int, width: int) -> tuple[int, int]:
     return same, count
 
 
-def test_a_few_files_are_memorised_byte_for_byte() -> None:
-    same, count = memorised(2, 60, 48)
+@pytest.mark.parametrize(("order", "settings"), [(Raster(), PLAIN), (Followed(), ALIGNED)], ids=["plain", "aligned"])
+def test_a_few_files_are_memorised_byte_for_byte(order: Order, settings: dict[str, Any]) -> None:
+    same, count = memorised(2, 60, 48, order, **settings)
     assert same == count
 
 
 @pytest.mark.long
 def test_64_files_are_memorised_byte_for_byte() -> None:
-    same, count = memorised(64, 600, 128)
+    same, count = memorised(64, 600, 128, Raster(), **PLAIN)
     assert same == count
