@@ -61,6 +61,16 @@ def test_too_many_triangles() -> None:
     assert iou(tokenizer.decode(item).value.occupancy, shape.occupancy) > 0.9
 
 
+def test_a_shape_in_many_pieces_is_encoded_more_coarsely() -> None:
+    pytest.importorskip("fast_simplification", reason="needs fast-simplification: pip install 'mm[mesh]'")
+    places = list(itertools.product(np.arange(0.1, 0.9, 0.1), repeat=3))
+    mesh = sum(
+        (box(bounds=[place, np.array(place) + 0.05]) for place in places[1:]), box(bounds=[places[0], [0.15] * 3])
+    )
+    item = MeshFaces().encode(Shape(np.zeros((32, 32, 32), bool), mesh))
+    assert 10 <= len(item) <= 9 * 128 + 1
+
+
 def test_what_makes_no_triangle_is_left_out() -> None:
     tokenizer = MeshFaces(bins=8, max_faces=2, voxels=16)
     first, second, third = [0, 0, 0, 7, 0, 0, 0, 7, 0], [0, 0, 0, 0, 7, 0, 0, 0, 7], [1, 1, 1, 7, 1, 1, 1, 7, 1]
