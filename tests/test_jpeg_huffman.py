@@ -78,6 +78,34 @@ def test_every_symbol_ends_with_a_byte() -> None:
         assert not any(a and b for a, b in pairwise(inside)) and sum(inside) < len(inside) / 3
 
 
+@pytest.mark.parametrize("restart", [0, 1])
+def test_any_bytes_are_read(restart: int) -> None:
+    """Mutated, cut and random ones: a picture of the size, and a file that is strict."""
+    frame = Frame(size=(24, 40), subsampling="4:4:4", restart=restart)
+    usual = jpeg.tables(10, "4:4:4")
+    blob = aligned(usual)
+    reader, recode = jpeg.Reader(frame, blob), Recoder(frame, Tables.read(usual), Tables.read(blob))
+    files, rng, seen = (
+        [recode(jpeg.encode(image, frame, 10)) for image in noise(frame)],
+        np.random.default_rng(1),
+        set(),
+    )
+    for number in range(120):
+        data = bytearray(files[number % len(files)])
+        for _ in range(int(rng.integers(1, 6))):
+            data[int(rng.integers(len(data)))] = int(rng.integers(256))
+        if number % 3 == 1:
+            data = data[: int(rng.integers(len(data)))]
+        elif number % 3 == 2:
+            data = bytearray(rng.bytes(len(data)))
+        read = reader.read(bytes(data))
+        state, count = reader.machine.run(read.data)
+        assert read.picture.size == (40, 24) and reader.machine.is_end(state) and count == len(read.data)
+        assert (read.status == "strict") == (read.reason == "")
+        seen.add(read.status)
+    assert len(seen) >= 3
+
+
 def test_other_tables_are_refused() -> None:
     with pytest.raises(ValueError, match="huffman must be standard or aligned, got 'short'"):
         JpegBytes(huffman="short")  # type: ignore[arg-type]
