@@ -36,7 +36,7 @@ def tab(shelf: Shelf) -> None:
             controls = common.settings(known, known.modalities["picture"])
             shown = gr.Column()
         with gr.Column(scale=3, min_width=300):
-            look: dict[str, Any] = {"columns": 2, "height": 520, "format": "png", "elem_classes": "pictures"}
+            look: dict[str, Any] = {"columns": 2, "height": 680, "format": "png", "elem_classes": "pictures"}
             gallery = gr.Gallery(
                 label="Pictures", show_label=False, interactive=False, buttons=["download_all"], **look
             )

@@ -47,8 +47,10 @@ def tab(shelf: Shelf) -> None:
         common.examples(EXAMPLES, prompt, run)
 
 
-def build(builder: Any, shelf: Shelf, prompt: str, seed: str, *options: Any) -> Iterator[tuple[str | None, str]]:
+def build(builder: Any, shelf: Shelf, prompt: str, seed: str, *options: Any) -> Iterator[tuple[Any, str]]:
     """A file with the mesh at the end, and a line about it. `options`: guidance, temperature, top-p, steps."""
+    import gradio as gr
+
     with toasts():
         prompt = common.words(prompt, "the prompt is empty; say what the shape is")
         start, used = time.perf_counter(), common.chosen_seed(seed)
@@ -58,7 +60,7 @@ def build(builder: Any, shelf: Shelf, prompt: str, seed: str, *options: Any) -> 
 
         for rows, made in live(work):
             if made is None:
-                yield None, f"Seed {used}, {rows[0].done:.0%} done"
+                yield gr.skip(), f"Seed {used}, {rows[0].done:.0%} done"
                 continue
             mesh, took = made.meshes[0], f"{time.perf_counter() - start:.1f} s"
             if not len(mesh.faces):
