@@ -16,6 +16,7 @@ from scipy.ndimage import binary_fill_holes, label
 
 from mm.cli import main
 from mm.data.convert import to_shards
+from mm.data.part_meshes import part_meshes
 from mm.data.shape_captions import FORMS, NUMBERS, captions
 from mm.data.shape_documents import Coarse, ImageToShape, ShapeQuestion, ShapeToText, TextToShape
 from mm.data.shape_plans import FLOOR, KINDS, draw_thing, turned
@@ -325,7 +326,7 @@ def test_what_is_given_is_shown_coarsely() -> None:
     shown = [Coarse(ShapeToText(), 0.5)(example, rng)[0].content for _ in range(60)]
     counts = [len(one.scales) for one in shown]
     assert set(counts) == {1, 2, 3} and 15 < counts.count(3) < 45
-    assert all(torch.equal(one.ids, item.ids[: len(one.ids)]) and one.grid == one.scales[-1] for one in shown)
+    assert all(torch.equal(one.content, item.content[: len(one)]) and one.grid == one.scales[-1] for one in shown)
     whole = Coarse(TextToShape(drop=0), 1)(example, rng)
     assert whole[1].content is item, "what is learned stays whole"
     assert Coarse(ShapeToText(drop=1), 1)(example, rng)[0].content is None
@@ -333,3 +334,23 @@ def test_what_is_given_is_shown_coarsely() -> None:
     assert Coarse(ShapeToText(), 1)({**example, "shape": list_}, rng)[0].content is list_
     with pytest.raises(ValueError, match="shape is a Shape; name its field in the data module's cached"):
         Coarse(ShapeToText(), 1)(ShapesSource(count=1)[0], rng)
+
+
+def test_meshes_put_together_of_parts() -> None:
+    source = ShapesSource(count=40, sides=6, kinds=["table", "stack", "capsule", "cone", "torus", "sphere", "shelf"])
+    for number in range(30):
+        plan, shape = source.plan(number), source[number]["shape"]
+        assert shape.given is not None and len(shape.given.faces) <= 128
+        for part in plan.thing.parts:
+            own = part_meshes([part], 24)
+            assert own.is_watertight and own.volume > 0, "closed, and its outside is outside"
+        fine = occupancy(part_meshes(plan.thing.parts, 24), SIZE)
+        assert iou(fine, shape.occupancy) > 0.9, (plan.kind, plan.plain)
+    plain = ShapesSource(count=40, kinds=source.kinds)
+    assert np.array_equal(plain[3]["shape"].grid, source[3]["shape"].grid) and plain.identity != source.identity
+    with pytest.raises(ValueError, match="something is cut out of a mug"):
+        ShapesSource(sides=6)
+    with pytest.raises(ValueError, match="what is round has 3 to 64 sides"):
+        ShapesSource(sides=2, kinds=["cone"])
+    with pytest.raises(ValueError, match="what is cut out of a shape has no mesh of its own"):
+        part_meshes([Part("sphere", (0.5, 0.5, 0.5), (0.2,), cut=True)], 6)

@@ -71,7 +71,7 @@ def test_sar3d_makes_shapes_and_tells_of_them(tmp_path: Path, monkeypatch: pytes
 def test_voxel_lm_makes_shapes_and_tells_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    VoxelVQ(channels=8, multipliers=(1, 1), downsample=8, codebook_size=16, code_dim=4).eval().save(
+    VoxelVQ(channels=8, multipliers=(1, 1), downsample=8, quantizer="lfq", codebook_size=16, code_dim=4).eval().save(
         "runs/voxel_vq/tokenizer"
     )
     assert main(made("voxel_lm", tmp_path)) == 0
@@ -79,3 +79,14 @@ def test_voxel_lm_makes_shapes_and_tells_of_them(tmp_path: Path, monkeypatch: py
     assert out.grids[0].shape == (32, 32, 32) and len(out.tokens[0]) == 64
     assert isinstance(mm.ShapeToTextPipeline.from_pretrained("runs/voxel_lm/model")(
         np.ones((32, 32, 32), bool), max_tokens=3).texts[0], str)  # fmt: skip
+
+
+def test_mesh_lm_writes_triangles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([*made("mesh_lm", tmp_path), "--trainer.max_steps=1", "--trainer.val_check_interval=1"]) == 0
+    pipeline = mm.TextTo3DPipeline.from_pretrained("runs/mesh_lm/model")
+    tokens = pipeline.generate(pipeline.encode(["a flat box"]), seed=0)
+    assert (len(tokens[0]) - 1) % 9 == 0, "whole triangles"
+    shape = ShapesSource(count=1, sides=6, kinds=["box"])[0]["shape"]
+    reads = mm.ShapeToTextPipeline.from_pretrained("runs/mesh_lm/model")
+    assert len(reads.encode([shape])[0][0].content) == 12 * 9 + 1

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mm.data.example import Lazy, Source, digest
+from mm.data.part_meshes import SIDES, part_meshes
 from mm.data.shape_captions import caption, questions
 from mm.data.shape_plans import KINDS, Facts, Thing, draw_thing, turned
 from mm.data.solids import distance
@@ -68,6 +69,8 @@ class ShapesSource(Source):
         varied: half the captions are one of several that say the same; otherwise all are the plain one.
         turned: turn shapes about the vertical by quarters at random; otherwise they all face the viewer.
         picture: side of the pictures in pixels; 0: there are none.
+        sides: shapes come with a mesh of few triangles (`Shape.given`, see `mm.data.part_meshes`) whose round parts have so many
+            sides; 0: with none. Not for kinds of which something is cut out.
         options: of every source. `holdout_where: {plain: ["a tall table with three legs and a round top"]}` holds out what
             is so called.
     """
@@ -82,6 +85,7 @@ class ShapesSource(Source):
         varied: bool = True,
         turned: bool = False,
         picture: int = 0,
+        sides: int = 0,
         **options: Any,
     ) -> None:
         super().__init__(**options)
@@ -98,13 +102,21 @@ class ShapesSource(Source):
         self.count, self.seed, self.size, self.grid = count, seed, size, grid
         if picture and not 8 <= picture <= MAX_SIDE:
             raise ValueError(f"pictures have 8 to {MAX_SIDE} pixels a side (0: none), got {picture}")
-        self.kinds, self.varied, self.turned, self.picture = tuple(kinds), varied, turned, picture
+        if sides and not SIDES[0] <= sides <= SIDES[1]:
+            raise ValueError(f"what is round has {SIDES[0]} to {SIDES[1]} sides (0: no meshes), got {sides}")
+        if sides and (hollow := [name for name in kinds if _hollow(name)]):
+            raise ValueError(
+                f"something is cut out of a {hollow[0]}, so that it has no mesh of parts; leave it out of kinds"
+            )
+        self.kinds, self.varied, self.turned = tuple(kinds), varied, turned
+        self.picture, self.sides = picture, sides
         self._finish([f"{number:08d}" for number in range(count)], f"shapes {', '.join(sorted(set(kinds)))}")
 
     @property
     def identity(self) -> str:
         settings = (self.count, self.seed, self.size, self.grid, *self.kinds, self.varied, self.turned)
-        return digest("shapes 1", *map(str, settings), *([str(self.picture)] if self.picture else []))
+        more = [f"{name} {value}" for name, value in (("picture", self.picture), ("sides", self.sides)) if value]
+        return digest("shapes 1", *map(str, settings), *more)
 
     def plan(self, number: int) -> Plan:
         """What shape `number` is, of any number from 0: also beyond `count`."""
@@ -118,10 +130,11 @@ class ShapesSource(Source):
     def draw(self, plan: Plan, size: int | None = None) -> Shape:
         """The shape of a plan, with another number of cells where given."""
         values = distance(plan.thing.parts, size or self.size, TRUNCATION)
+        given = part_meshes(plan.thing.parts, self.sides) if self.sides else None
         if self.grid == "occupancy":
-            return Shape(values < 0)
+            return Shape(values < 0, given)
         # rounding to 16 bits keeps the sign of all but the tiniest; those count as outside, as zero does
-        return Shape(values.astype(np.float16).astype(np.float32))
+        return Shape(values.astype(np.float16).astype(np.float32), given)
 
     def mesh(self, plan: Plan, size: int = 96) -> Trimesh:
         """Its closed surface, by marching cubes of a finer grid."""
@@ -150,3 +163,8 @@ class ShapesSource(Source):
             "answer": asked[plan.asked][1],
             "questions": [list(pair) for pair in asked],
         }
+
+
+def _hollow(kind: str) -> bool:
+    """Whether something is cut out of such shapes."""
+    return any(part.cut for part in draw_thing(kind, np.random.default_rng(0)).parts)

@@ -32,7 +32,7 @@ data is KIND:PATH[,PATH ...]:
   moving:digits=FILE.npz,...     clips that are made as they are needed, for models of video; settings of MovingSource:
                                  digits, pictures, motions=straight+turn, things, size, frames, grounds, inks, varied
   shapes:count=20000,...         shapes that are made as they are needed, for models of shapes; settings of ShapesSource as in
-                                 the training: count, seed, size, kinds=table+chair, turned, holdout_every
+                                 the training: count, seed, size, kinds=table+chair, turned, sides, holdout_every
   NAME:PATH                      any other pictures (shards, folder): the tokenizer's figures only
 
 example: mm evaluate --model mm-tiny --data emoji:noto.tar,twemoji.tar digits:digits.npz --out results

@@ -28,9 +28,9 @@ VERSION = "1"
 """Counts up when this file changes what a judge becomes."""
 LEVELS = 127
 """Steps from the surface to where distances are cut off, in which examples are kept."""
-FURNITURE = ("table", "chair", "stool", "shelf", "mug")
-SOLIDS = {word: kind for kind, word in NAMES.items()}
-"""The word for a simple solid → its kind."""
+FURNITURE = {name: name for name in ("table", "chair", "stool", "shelf", "mug")} | {"cup": "mug"}
+SOLIDS = {word: kind for kind, name in NAMES.items() for word in (name, kind)} | {"block": "box"}
+"""Words for simple solids → their kinds."""
 
 
 class ShapeJudge(nn.Module):
@@ -140,9 +140,9 @@ def roughened(x: Int8[Tensor, "B N N N"], recipe: SolidRecipe, rng: torch.Genera
 def kind_said(caption: str) -> str:
     """The kind that a caption names; empty for none."""
     words = [word.strip(",.?") for word in caption.lower().split()]
-    for name in FURNITURE:
-        if name in words:
-            return name
+    for word in words:
+        if word in FURNITURE:
+            return FURNITURE[word]
     if "hole" in words:
         return "drilled"
     named = [SOLIDS[word] for word in words if word in SOLIDS]

@@ -280,7 +280,7 @@ def tokenizer_figures(
     figures.append(share(FAMILY, "tokenizer: watertight", closed))
     same = [int(a.mesh.euler_number) == int(b.mesh.euler_number) for a, b in pairs]
     figures.append(share(FAMILY, "tokenizer: Euler number kept", same))
-    errors = [abs(float(b.mesh.volume) / float(a.mesh.volume) - 1) for a, b in pairs]
+    errors = [abs(_volume(b) / _volume(a) - 1) for a, b in pairs]
     figures.append(mean(FAMILY, "tokenizer: volume error", errors, "error"))
     spec = subject.tokenizer.spec
     if spec.kind == "discrete" and not spec.is_free:
@@ -295,6 +295,10 @@ def tokenizer_figures(
             Figure(family=FAMILY, name="tokenizer: codebook perplexity", value=perplexity, unit="codes", n=n),
         ]
     return figures
+
+
+def _volume(shape: Shape) -> float:
+    return float(shape.mesh.volume) if len(shape.mesh.faces) else 0.0
 
 
 def training(source: ShapesSource) -> list[int]:
@@ -330,7 +334,7 @@ def sheet(folder: Path | None, name: str, made: MeshOutput, prompts: Sequence[st
 
 
 OPTIONS: Mapping[str, type] = {
-    "count": int, "seed": int, "size": int, "kinds": list, "turned": bool, "holdout_every": int,
+    "count": int, "seed": int, "size": int, "kinds": list, "turned": bool, "sides": int, "holdout_every": int,
 }  # fmt: skip
 """Settings of `ShapesSource` that `open_shapes` takes."""
 
