@@ -11,7 +11,7 @@ from mm.commands.train import SHIPPED, main
 
 OTHER_DATA = {
     "ardit", "ardit_distilled", "asr", "asr_ctc_prompt", "avc_lm", "ella_v", "lcm", "lcm_regression", "lslm", "mega_tts",
-    "musicgen", "sar3d", "vall_e", "vid_gpt", "video_vq", "voxel_lm",
+    "mesh_lm", "musicgen", "sar3d", "vall_e", "vid_gpt", "video_vq", "voxel_lm",
 }  # fmt: skip
 """Systems of other data than pictures with captions, which debug.yaml has; their own tests train them (test_concepts,
 test_ardit, test_avc_lm, test_dialogues, test_mega_tts, test_shape_systems, test_speech_ctc, test_speech_codes,
@@ -34,7 +34,7 @@ OWN = {
         "--model.init_args.modalities.tokenizer.init_args.size=8",
         "--model.init_args.modalities.tokenizer.init_args.scales=[1,2]",
         "--model.init_args.modalities.tokenizer.init_args.codebook_size=16",
-    ]
+    ],
 }
 """Systems of pictures for which a palette won't do, and their small tokenizers."""
 UNTRAINED = {"fluid", "mar", "mmar", "nextstep", "transfusion", "vl_gpt", "orthus"}
