@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Path, Request
 from fastapi.openapi.utils import get_openapi
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from mm import __version__
@@ -17,7 +15,7 @@ from mm.serve.desk import Desk
 from mm.serve.errors import RESPONSES
 from mm.serve.films import UNFINISHED, Films
 from mm.serve.gate import OPEN, Gate, Settings
-from mm.serve.place import Place
+from mm.serve.place import Place, streamed
 from mm.serve.schemas import Health, Model, Models
 from mm.serve.shelf import TASKS, Served, Shelf
 
@@ -25,17 +23,12 @@ SUMMARY = "Text, pictures, speech, video and shapes from one kind of model; endp
 
 
 def create(shelf: Shelf, settings: Settings | None = None) -> tuple[ASGIApp, Place]:
-    """The application, and what it works with. Its shutdown closes the shelf."""
+    """The application, and what it works with, which is to be closed in the end."""
     settings = settings or Settings()
     gate = Gate(settings, shelf)
     place = Place(shelf, Desk(settings.places + UNFINISHED, settings.seconds), gate, settings)
 
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        yield
-        place.close()
-
-    app = FastAPI(title="mm", version=__version__, summary=SUMMARY, lifespan=lifespan, redoc_url=None)
+    app = FastAPI(title="mm", version=__version__, summary=SUMMARY, redoc_url=None)
     errors.install(app)
     for router in (
         about(place),
@@ -74,7 +67,7 @@ def about(place: Place) -> APIRouter:
         """200 while requests are taken, 503 during a shutdown."""
         return {"models": list(place.shelf.models)}
 
-    @router.get("/metrics", response_class=PlainTextResponse, responses=_some(401))
+    @router.get("/metrics", responses={**_some(401), **streamed("text/plain; charset=utf-8")})
     async def metrics(request: Request) -> Any:
         """Counts for Prometheus."""
         return Response(place.gate.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")

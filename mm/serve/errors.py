@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -12,6 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.routing import Match, Route
 
 log = logging.getLogger("mm.serve")
 PATH = re.compile(r"(?<![\w.:/])(?:/[\w.@+-]+){2,}")
@@ -101,11 +102,27 @@ def response(error: HTTPException) -> JSONResponse:
     return JSONResponse(body(error), error.status_code, headers)
 
 
+def methods(routes: Iterable[Any]) -> Iterator[tuple[Route, str]]:
+    """Of all routes, also of those of routers that were included."""
+    for route in routes:
+        if isinstance(route, Route):
+            yield from ((route, method) for method in route.methods or ())
+        elif (included := getattr(route, "original_router", None)) is not None:
+            yield from methods(included.routes)
+
+
 def install(app: FastAPI) -> None:
     """Every error of the application takes this shape."""
 
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> JSONResponse:
+        if error.status_code == 405:  # Starlette names the methods of the first route alone
+            allowed = {
+                method for route, method in methods(app.router.routes) if route.matches(request.scope)[0] != Match.NONE
+            }
+            error = HTTPException(
+                405, f"use {' or '.join(sorted(allowed))} here", {"Allow": ", ".join(sorted(allowed))}
+            )
         return response(error)
 
     @app.exception_handler(RequestValidationError)

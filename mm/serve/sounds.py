@@ -28,7 +28,7 @@ def routes(place: Place) -> APIRouter:
     router = APIRouter(tags=["sound"])
     kinds = streamed(STREAM, *SOUND_TYPES.values())
 
-    @router.post("/v1/audio/speech", response_class=PlainTextResponse, responses={**RESPONSES, **kinds})
+    @router.post("/v1/audio/speech", responses={**RESPONSES, **kinds})
     async def speak(asked: SpeechRequest, request: Request) -> Any:
         """The text spoken. WAV and PCM (24 kHz, 16 bits) are sent while they are made; `stream_format: sse` sends any format as
         events `speech.audio.delta` and `speech.audio.done`."""
