@@ -51,7 +51,9 @@ def rows(settings: Settings) -> Iterator[Row]:
             name = f"{clients} client{'s' if clients > 1 else ''}"
             yield Row(f"text, {name}", rate, "tokens/s", one, rate / one, "1 client")
             yield Row(
-                f"wrong answers and refusals, {name} (of {found.answers})", found.wrong + found.refused, "answers"
+                f"answers other than alone and refusals, {name} (of {found.answers})",
+                found.wrong + found.refused,
+                "answers",
             )
             if found.memory:
                 yield Row(f"memory, {name}, at the end", found.memory[-1] / MIB, "MiB")
