@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 from mm.jpeg_codes import Bits
 from mm.jpeg_machine import JpegMachine
-from mm.jpeg_tables import EOI, MARKER, RST, Frame, Tables, packed
+from mm.jpeg_tables import EOI, MARKER, RST, Frame, Tables, check_subsampling, packed
 
 if TYPE_CHECKING:  # Pillow is imported where it is used, so that `import mm` stays fast
     from PIL import Image
@@ -55,6 +55,7 @@ def _save(image: Image.Image, quality: int, subsampling: str, streamtype: int, r
 
     if isinstance(quality, bool) or not isinstance(quality, int) or not 1 <= quality <= 95:
         raise ValueError(f"quality is a whole number from 1 to 95, got {quality!r:.20}")
+    check_subsampling(subsampling)
     file = io.BytesIO()
     # through an array: Pillow copies the comment of the file that a picture was read from
     plain = Image.fromarray(np.asarray(image.convert("RGB")))

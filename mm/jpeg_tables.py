@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 SOI, EOI = b"\xff\xd8", b"\xff\xd9"
 RST = 0xD0
@@ -38,8 +39,7 @@ class Frame:
     def __post_init__(self) -> None:
         if len(self.size) != 2 or not all(1 <= side <= MAX_SIDE for side in self.size):
             raise ValueError(f"size is height and width, each 1 to {MAX_SIDE} pixels, got {self.size}")
-        if self.subsampling not in SAMPLING:
-            raise ValueError(f"subsampling must be one of {', '.join(SAMPLING)}, got {self.subsampling!r:.20}")
+        check_subsampling(self.subsampling)
         if not 0 <= self.restart <= 0xFFFF:
             raise ValueError(f"restart is a number of MCUs from 0 (no markers) to 65,535, got {self.restart}")
 
@@ -70,6 +70,12 @@ class Frame:
         sos = b"\x03\x01\x00\x02\x11\x03\x11\x00\x3f\x00"
         parts = [(0xE0, app0), (0xC0, sof0), (0xDD, self.restart.to_bytes(2, "big")), (0xDA, sos)]
         return SOI + b"".join(segment(code, data) for code, data in parts if code != 0xDD or self.restart)
+
+
+def check_subsampling(value: Any) -> None:
+    """Raises `ValueError` for what is no key of `SAMPLING`."""
+    if not isinstance(value, str) or value not in SAMPLING:
+        raise ValueError(f"subsampling must be one of {', '.join(SAMPLING)}, got {value!r:.20}")
 
 
 def segment(code: int, data: bytes) -> bytes:

@@ -21,7 +21,7 @@ from mm import pictures, saved
 from mm.interfaces import Spec
 from mm.latent_grids import BATCH_PIXELS, MAX_AXIS, LatentGrids
 from mm.latents import LatentNormalizer
-from mm.video import MAX_FPS, Video, resample_frames, square
+from mm.video import MAX_FPS, MIN_FPS, Video, resample_frames, square
 from mm.video_autoencoder import Past, steps_of, to_frames, to_steps
 
 STRIDES = (1, 2, 4)
@@ -54,8 +54,8 @@ def check_clip(c: dict[str, Any]) -> None:
     """Raises `ValueError` for `frames` and `fps` that are none."""
     saved.whole_number("frames", c["frames"], 1, 4 * MAX_AXIS)
     saved.number("fps", c["fps"])
-    if not 0 < c["fps"] <= MAX_FPS:
-        raise ValueError(f"fps must be above 0 and at most {MAX_FPS:g}, got {c['fps']}")
+    if not MIN_FPS <= c["fps"] <= MAX_FPS:
+        raise ValueError(f"fps must be {MIN_FPS:g} to {MAX_FPS:g}, got {c['fps']}")
 
 
 class LatentVideos(LatentGrids):

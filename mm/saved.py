@@ -60,6 +60,12 @@ def as_list(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
+def as_float(value: Any) -> Any:
+    """A whole number as a float, so that both are one setting; what is none is left to be refused by its name."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return float(value) if whole and abs(value) <= MAX_NUMBER else value
+
+
 def whole_numbers(name: str, value: Any) -> None:
     """Raises `ValueError` unless `value` is a list of whole numbers, at least one."""
     if not isinstance(value, list) or not value:

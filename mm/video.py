@@ -42,8 +42,8 @@ MAX_TOTAL = 1 << 28
 """Most pixels of all frames that are kept (768 MiB; while it is loaded, a video takes twice that)."""
 MAX_BYTES = 1 << 28
 """Largest file that is read (256 MiB)."""
-MAX_FPS = 1000.0
-"""Most frames a second."""
+MIN_FPS, MAX_FPS = 0.001, 1000.0
+"""Fewest and most frames a second."""
 MAX_SIZE = 4096
 """Largest side that frames are scaled to."""
 EXTENSIONS = frozenset(("mp4", "m4v", "webm", "mkv", "mov"))
@@ -124,8 +124,8 @@ def load_video(
         ValueError: one sentence, for a video that is missing, damaged, empty, too large, too long, or of an unknown kind;
             and where FFmpeg (`pip install 'mm[video]'`) is needed and not there.
     """
-    if size is not None and not 1 <= size <= MAX_SIZE:
-        raise ValueError(f"frames can be scaled to a size from 1 to {MAX_SIZE}, got {size}")
+    if size is not None:
+        _check_size(size)
     fps = None if fps is None else _checked_fps(fps)
     limits = Limits(max_frames, max_pixels, max_total, max_bytes, size, fps)
     name = source_name(source)
@@ -247,7 +247,7 @@ def _at_own_rate(
     steps.append(
         last or (sorted(steps)[len(steps) // 2] if steps else 1 / clip.rate if clip.rate else DEFAULT_DURATION)
     )
-    if not all(1 / MAX_FPS <= step < math.inf for step in steps):  # the file's times make no sense
+    if not all(1 / MAX_FPS <= step <= 1 / MIN_FPS for step in steps):  # the file's times make no sense
         return frames, clip.rate or 1 / DEFAULT_DURATION
     total, slack = sum(steps), 1.05 * clip.tick
     if clip.rate and abs(len(frames) / clip.rate - total) <= 2 * slack and _even(steps, 1 / clip.rate, slack):
@@ -314,9 +314,13 @@ def resample_frames(video: Video, fps: float) -> Video:
 
 def square(video: Video, size: int) -> Video:
     """Frames of `size`×`size`: scaled to cover the square, and cropped in the middle."""
-    if not 1 <= size <= MAX_SIZE:
-        raise ValueError(f"frames can be scaled to a size from 1 to {MAX_SIZE}, got {size}")
+    _check_size(size)
     return Video(np.stack([_square(frame, size) for frame in video.frames]), video.fps)
+
+
+def _check_size(size: Any) -> None:
+    if not isinstance(size, int | np.integer) or not 1 <= size <= MAX_SIZE:
+        raise ValueError(f"frames can be scaled to a size from 1 to {MAX_SIZE}, a whole number, got {size!r:.60}")
 
 
 def _square(frame: Frame, size: int) -> Frame:
@@ -331,10 +335,10 @@ def _square(frame: Frame, size: int) -> Frame:
 def _checked_fps(fps: Any) -> float:
     try:
         value = float(fps)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         value = math.nan
-    if not 0 < value <= MAX_FPS:
-        raise ValueError(f"the rate of a video is more than 0 and at most {MAX_FPS:g} frames a second, got {fps!r:.60}")
+    if not MIN_FPS <= value <= MAX_FPS:
+        raise ValueError(f"the rate of a video is {MIN_FPS:g} to {MAX_FPS:g} frames a second, got {fps!r:.60}")
     return value
 
 
@@ -349,7 +353,7 @@ def save_video(
     - `.mp4`: H.264 that browsers play (4:2:0, its index at the beginning); an odd side gets one more row or column, which
       repeats the last. `.webm`: VP9. Both need FFmpeg (`pip install 'mm[video]'`).
     - `.gif`, `.apng`, `.webp`: endless animations; GIF has 256 colours a frame and is exact where these suffice, the other
-      two lose nothing.
+      two lose nothing, except that frames which are all equal become one picture.
     - `.png`: a contact sheet, the frames side by side.
 
     Args:
@@ -367,5 +371,5 @@ def save_video(
 
 
 def to_webp(video: Video) -> bytes:
-    """An animation that loses nothing, but that of frames which are all equal one remains, and lasts as long as they did."""
+    """An animation that loses nothing, but that of frames which are all equal one remains: a picture, which has no rate."""
     return video_encoding.to_webp(video.frames, video.fps)

@@ -43,8 +43,8 @@ def write(path: str | os.PathLike[str], frames: Frames, fps: float, scale: int =
     ending = os.path.splitext(os.fspath(path))[1].lower()
     if ending not in WRITTEN:
         raise ValueError(f"can't write {os.fspath(path)!r}: unknown ending {ending!r}; use one of {', '.join(WRITTEN)}")
-    if not 1 <= scale <= MAX_SCALE:
-        raise ValueError(f"scale must be a whole number from 1 to {MAX_SCALE}, got {scale}")
+    if not isinstance(scale, int | np.integer) or not 1 <= scale <= MAX_SCALE:
+        raise ValueError(f"scale must be a whole number from 1 to {MAX_SCALE}, got {scale!r:.60}")
     side, most = max(frames.shape[1:3]) * scale, MAX_SIDE.get(ending, 65_535)
     if side > most:
         raise ValueError(f"can't write {os.fspath(path)!r}: its frames have a side of {side:,}; at most {most:,} fit")

@@ -61,9 +61,9 @@ def test_a_video_refuses_other_frames(frames: Any) -> None:
         Video(frames, 10)
 
 
-@pytest.mark.parametrize("fps", [0, -1, float("nan"), float("inf"), 1001, "x", None])
+@pytest.mark.parametrize("fps", [0, -1, 1e-4, 1e-320, float("nan"), float("inf"), 1001, 10**400, "x", None])
 def test_a_video_refuses_impossible_rates(fps: Any) -> None:
-    with pytest.raises(ValueError, match="the rate of a video is more than 0"):
+    with pytest.raises(ValueError, match="the rate of a video is 0.001 to 1000 frames a second"):
         Video(film(), fps)
 
 
@@ -76,6 +76,9 @@ def test_rates_and_sizes() -> None:
     assert np.array_equal(resample_frames(video, 0.1).frames, video.frames[:1])
     assert np.array_equal(resample_frames(video, 5).frames, video.frames[[0, 2, 4, 7, 9]])
     assert np.array_equal(load_video(video, fps=5).frames, resample_frames(video, 5).frames)
+    for wrong in (0, 2.5, "x"):
+        with pytest.raises(ValueError, match="scaled to a size from 1 to 4096, a whole number"):
+            square(video, wrong)  # type: ignore[arg-type]
     small = square(video, 12)
     assert small.frames.shape == (12, 12, 12, 3)
     # cropped in the middle: 4 columns on either side are gone, and every second row

@@ -175,7 +175,7 @@ def test_what_is_no_clip_is_refused(raw: Any, message: str) -> None:
         ({"frame_stride": 3}, "frame_stride must be one of 1, 2, 4, got 3"),
         ({"frames": 0}, "frames must be a whole number in 1..1024, got 0"),
         ({"frames": 600, "frame_stride": 2}, "frames must be at most 511 with frame_stride 2"),
-        ({"fps": 0}, "fps must be above 0"),
+        ({"fps": 0}, "fps must be 0.001 to"),
         ({"fps": "fast"}, "fps must be a number"),
         ({"multipliers": [1]}, "levels, got 1 multipliers"),
         ({"latent": 0}, "latent must be in 1..256"),

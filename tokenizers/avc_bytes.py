@@ -50,7 +50,9 @@ class AvcBytes(ClipFiles):
         grammar: Literal["units", "none"] = "units",
         pretrained: str | None = None,
     ) -> None:
-        config = dict(size=saved.as_list(size), frames=frames, fps=float(fps), qp=qp, vocab=vocab, grammar=grammar)
+        config = dict(
+            size=saved.as_list(size), frames=frames, fps=saved.as_float(fps), qp=qp, vocab=vocab, grammar=grammar
+        )
         self._made(pretrained, config)
 
     @staticmethod

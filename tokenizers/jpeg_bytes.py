@@ -75,6 +75,8 @@ class JpegBytes(JpegFiles):
         saved.whole_number("restart", config["restart"])
         if config["grammar"] not in ("strict", "markers", "none"):
             raise ValueError(f"grammar must be strict, markers or none, got {config['grammar']!r:.20}")
+        if not isinstance(config["strip_header"], bool):
+            raise ValueError(f"strip_header must be true or false, got {config['strip_header']!r:.20}")
         if config["huffman"] not in ("standard", "aligned"):
             raise ValueError(f"huffman must be standard or aligned, got {config['huffman']!r:.20}")
         self.reader = self._reader(config, facts)

@@ -62,7 +62,7 @@ class MjpegBytes(JpegFiles, ClipFiles):
         config = dict(
             size=saved.as_list(size),
             frames=frames,
-            fps=float(fps),
+            fps=saved.as_float(fps),
             quality=quality,
             subsampling=subsampling,
             restart=restart,

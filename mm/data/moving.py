@@ -33,7 +33,7 @@ from mm.data.moving_things import (
     printed_sprite,
     shape_sprite,
 )
-from mm.video import Video
+from mm.video import MAX_FPS, MIN_FPS, Video
 
 THINGS = ("digits", "shapes", "pictures")
 MAX_COUNT = 1 << 22
@@ -113,9 +113,9 @@ class MovingSource(Source):
             raise ValueError(f"digits in {both} can't be seen on {both}; take it out of inks or of grounds")
         if not 1 <= count <= MAX_COUNT or seed < 0:
             raise ValueError(f"count must be 1 to {MAX_COUNT:,} and seed at least 0, got {count:,} and {seed}")
-        if not SIDES[0] <= size <= SIDES[1] or not 0 < fps <= 1000:
+        if not SIDES[0] <= size <= SIDES[1] or not MIN_FPS <= fps <= MAX_FPS:
             raise ValueError(
-                f"size must be {SIDES[0]} to {SIDES[1]} and fps above 0, at most 1000; got {size} and {fps:g}"
+                f"size must be {SIDES[0]} to {SIDES[1]} and fps {MIN_FPS:g} to {MAX_FPS:g}; got {size} and {fps:g}"
             )
         self.count, self.seed, self.size, self.frames, self.fps = count, seed, size, frames, float(fps)
         check_frames(frames, size)
