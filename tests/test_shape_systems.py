@@ -10,10 +10,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from trimesh.creation import box
 
 import mm
+from mm.cli import main as run_mm
 from mm.commands.train import SHIPPED, main
 from mm.data.shapes import ShapesSource
+from mm.interfaces import Sampling
+from mm.shape_files import save_mesh
 from mm.tokenizers.triplane_msvq import TriplaneMSVQ
 from mm.tokenizers.voxel_vq import VoxelVQ
 
@@ -53,7 +57,9 @@ def triplane(**settings: Any) -> TriplaneMSVQ:
     return TriplaneMSVQ(**{**small, **settings}).eval()
 
 
-def test_sar3d_makes_shapes_and_tells_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sar3d_makes_shapes_and_tells_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     triplane(scales=(1, 2)).save("runs/triplane_msvq/tokenizer")
     assert main(made("sar3d", tmp_path)) == 0
@@ -66,6 +72,39 @@ def test_sar3d_makes_shapes_and_tells_of_them(tmp_path: Path, monkeypatch: pytes
     reads = mm.ShapeToTextPipeline.from_pretrained(model)
     assert isinstance(reads(shape, question="how many legs?", scales=1, max_tokens=3).texts[0], str)
     assert list(Path("runs/sar3d").rglob("step-*.png")), "shapes are shown beside the logs"
+    save_mesh("box.obj", box((1, 2, 1)))
+    Image.new("RGB", (64, 64), "white").save("seen.png")
+    for arguments in (
+        ["a tall table", "--to", "3d", "--out", "table.glb", "--num", "2", "--scales", "1"],
+        ["--to", "3d", "--from", "seen.png", "--out", "seen.png.stl"],
+        [
+            "how many legs?",
+            "--to",
+            "text",
+            "--from",
+            "box.obj",
+            "--scales",
+            "1",
+            "--max-tokens",
+            "3",
+            "--out",
+            "legs.txt",
+        ],
+    ):
+        assert run_mm(["generate", *arguments, "--model", model, "--seed", "0"]) == 0
+    for name in ("table-01.glb", "table-02.glb", "table-sheet.png", "seen.png.stl", "legs.txt"):
+        assert Path(name).is_file(), name
+    for arguments, message in (
+        (["--to", "3d"], "--to 3d makes what a prompt says, or what pictures in --from show; give one of the two"),
+        (["a", "--to", "3d", "--from", "seen.png"], "give one of the two"),
+        (["--to", "image", "--from", "box.obj"], "shapes in --from are told about: use --to text"),
+        (["--to", "text", "--from", "box.obj", "seen.png"], "--from has shapes and something else"),
+        (["a", "--to", "text", "--scales", "1"], "--scales goes with --to 3d, or with shapes in --from"),
+        (["a", "--to", "3d", "--out", "a.max"], "unknown ending '.max'; use one of .glb"),
+        (["a", "--to", "video"], "makes text and 3d, not 'video'"),
+    ):
+        assert run_mm(["generate", *arguments, "--model", model]) != 0
+        assert message in capsys.readouterr().err
 
 
 def test_voxel_lm_makes_shapes_and_tells_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,7 +124,7 @@ def test_mesh_lm_writes_triangles(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(tmp_path)
     assert main([*made("mesh_lm", tmp_path), "--trainer.max_steps=1", "--trainer.val_check_interval=1"]) == 0
     pipeline = mm.TextTo3DPipeline.from_pretrained("runs/mesh_lm/model")
-    tokens = pipeline.generate(pipeline.encode(["a flat box"]), seed=0)
+    tokens = pipeline.generate(pipeline.encode(["a flat box"]), sampling=Sampling(), seed=0)
     assert (len(tokens[0]) - 1) % 9 == 0, "whole triangles"
     shape = ShapesSource(count=1, sides=6, kinds=["box"])[0]["shape"]
     reads = mm.ShapeToTextPipeline.from_pretrained("runs/mesh_lm/model")

@@ -183,7 +183,8 @@ def check_given(args: Namespace) -> None:
         raise ValueError(f"--to video goes on from one picture or clip, got {len(args.given)} in --from")
     if args.to == "video" and not args.prompt.strip() and not args.given:
         raise ValueError("the prompt is empty; say what the video shows")
-    if args.scales is not None and args.to != "3d" and not solids(args):
+    shapes = solids(args)
+    if args.scales is not None and args.to != "3d" and not shapes:
         raise ValueError("--scales goes with --to 3d, or with shapes in --from")
     if args.to == "3d" and bool(args.prompt.strip()) == bool(args.given):
         raise ValueError("--to 3d makes what a prompt says, or what pictures in --from show; give one of the two")
