@@ -4,7 +4,8 @@ The settings are checked before anything is built from them, whoever wrote them:
 argument has, none missing, none too many. The memory that they ask for is held to the size of the weights file. A fingerprint
 says what tokens mean, a digest what was saved together.
 
-Weights are written in float32 and read as such: a tokenizer that was moved to another type comes back with equal values.
+Weights are read in float32, and written so that nothing is lost, in half the space where 16 bits hold them (`rounded`): a
+tokenizer that was moved to another type comes back with equal values.
 """
 
 from __future__ import annotations
@@ -139,7 +140,7 @@ def _like(value: Any, default: Any) -> bool:
 
 def write(folder: Path, form: str, config: Mapping[str, Any], state: Mapping[str, Tensor], fingerprint: str) -> None:
     """Both files into a folder that exists (see `safe_io.atomic_folder`)."""
-    safe_io.write_tensors(folder / WEIGHTS, {name: _stored(tensor) for name, tensor in state.items()})
+    safe_io.write_tensors(folder / WEIGHTS, {name: _packed(_stored(tensor)) for name, tensor in state.items()})
     value = {"format": form, "fingerprint": fingerprint, "digest": digest(config, state), "config": dict(config)}
     safe_io.write_json(folder / CONFIG, value)
 
@@ -176,6 +177,14 @@ def _stored(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.is_floating_point() else tensor
 
 
+def _packed(tensor: Tensor) -> Tensor:
+    """In float16 where that loses nothing."""
+    if tensor.dtype != torch.float32:
+        return tensor
+    half = tensor.half()
+    return half if torch.equal(half.float(), tensor) else tensor
+
+
 # --- identity -------------------------------------------------------------------------------------------------------
 
 
@@ -193,6 +202,19 @@ class Fingerprinted(nn.Module):
         if mode:
             self.weights_changed()
         return super().train(mode)
+
+    @torch.no_grad()
+    def rounded(self) -> Self:
+        """This module, its weights rounded to 16 bits: half as large a file, and another fingerprint. For what is given away; do it
+        before a model learns its tokens. Raises `ValueError` for weights that 16 bits can't hold."""
+        for name, tensor in self.state_dict().items():
+            if tensor.is_floating_point():
+                half = tensor.half()
+                if not torch.isfinite(half).all():
+                    raise ValueError(f"{name} holds values that 16 bits can't; save the tokenizer as it is")
+                tensor.copy_(half)
+        self.weights_changed()
+        return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.weights_changed()  # here and not in load_state_dict, which a module around this one doesn't call

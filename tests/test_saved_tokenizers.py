@@ -84,6 +84,25 @@ def test_loading_a_module_around_it_forgets_the_fingerprint(name: str) -> None:
     assert tokenizer.fingerprint == before
 
 
+def test_rounded_weights_take_half_the_space(tmp_path: Path) -> None:
+    whole = make("image_vq")
+    whole.save(tmp_path / "whole")
+    before = whole.fingerprint
+    rounded = whole.rounded()
+    assert rounded is whole and rounded.fingerprint != before
+    rounded.save(tmp_path / "rounded")
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("whole", "rounded")]
+    assert 0.45 < sizes[1] / sizes[0] < 0.75
+    found = ImageVQ.from_directory(tmp_path / "rounded")
+    assert found.fingerprint == rounded.fingerprint
+    for name, tensor in rounded.state_dict().items():
+        assert torch.equal(found.state_dict()[name], tensor) and found.state_dict()[name].dtype == tensor.dtype, name
+    with torch.no_grad():
+        next(rounded.parameters()).fill_(1e6)
+    with pytest.raises(ValueError, match="16 bits can't"):
+        rounded.rounded()
+
+
 def test_a_model_with_a_tokenizer_of_another_type_comes_back(tmp_path: Path) -> None:
     tokenizer = ImageVAE.tiny().to(torch.bfloat16)
     text = Modality(name="text", tokenizer=TextBytes(), head=LMHead(), order=Raster())
