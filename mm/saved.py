@@ -205,8 +205,8 @@ class Fingerprinted(nn.Module):
 
     @torch.no_grad()
     def rounded(self) -> Self:
-        """This module, its weights rounded to 16 bits: half as large a file, and another fingerprint. For what is given away; do it
-        before a model learns its tokens. Raises `ValueError` for weights that 16 bits can't hold."""
+        """This module, its weights rounded to 16 bits: half as large a file, and another fingerprint. For what is given away;
+        do it before a model learns its tokens. Raises `ValueError` for weights that 16 bits can't hold."""
         for name, tensor in self.state_dict().items():
             if tensor.is_floating_point():
                 half = tensor.half()
