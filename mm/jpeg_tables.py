@@ -16,8 +16,9 @@ RST = 0xD0
 """Second byte of the restart marker 0; there are 8, in turn."""
 MARKERS = tuple(bytes([0xFF, second]) for second in range(RST, RST + 10))
 """Markers that may stand among the codes or around them: RST0 to RST7, SOI, EOI."""
-MARKER = re.compile(rb"\xff+([^\x00\xff])")
-"""Any marker as it stands among codes, perhaps behind more FF."""
+MARKER = re.compile(rb"(?<!\xff)\xff+([^\x00\xff])")
+"""Any marker as it stands among codes, perhaps behind more FF; looked for where a row of FF begins, or long ones would take time
+to the square."""
 SAMPLING = {"4:4:4": (1, 1), "4:2:2": (2, 1), "4:2:0": (2, 2)}
 """Blocks of luminance, across and down, for one of each colour."""
 MAX_SIDE = 1024

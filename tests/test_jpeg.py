@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +17,7 @@ from mm import jpeg
 from mm.jpeg import Reader
 from mm.jpeg_machine import JpegMachine
 from mm.jpeg_markers import MarkerMachine
-from mm.jpeg_tables import SAMPLING, Frame, Huffman, Tables
+from mm.jpeg_tables import MARKER, SAMPLING, Frame, Huffman, Tables
 
 FRAMES = [
     Frame(size=size, subsampling=subsampling, restart=restart)
@@ -355,6 +356,16 @@ def test_bad_pictures_and_qualities_are_refused() -> None:
     for quality in bad:
         with pytest.raises(ValueError, match="quality is a whole number from 1 to 95"):
             jpeg.encode(Image.new("RGB", (8, 8)), frame, quality)
+
+
+def test_markers_are_found_in_one_pass() -> None:
+    """Those of the plain pattern, also behind rows of FF; a row that has no end is read once (else this never ends)."""
+    rng = random.Random(0)
+    for _ in range(300):
+        data = bytes(rng.choices((0xFF, 0, 0xD0, 0xD9, 7), (6, 1, 1, 1, 1), k=40))
+        plain = [(found.span(), found[1]) for found in re.finditer(rb"\xff+([^\x00\xff])", data)]
+        assert [(found.span(), found[1]) for found in MARKER.finditer(data)] == plain
+    assert reader(FRAMES[0]).read(b"\xff" * (1 << 20)).status == "invalid"
 
 
 GOLDEN_VERSION = "3.1.4.1"
