@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, Literal
 
+MAX_STEPS = 10_000
+"""Of refinement or of denoising: no order gains from more, and what is worked out for each beforehand takes memory."""
 MAX_GUIDANCE = 1_000_000
 """Beyond, logits leave the range of float32, and the weights would be blamed for it."""
 
@@ -64,6 +66,10 @@ class Sampling:
             raise ValueError(
                 f"top_k, steps and denoising_steps must be >= 0 (0 = off / default), got {self.top_k}, {self.steps} and "
                 f"{self.denoising_steps}"
+            )
+        if max(self.steps, self.denoising_steps) > MAX_STEPS:
+            raise ValueError(
+                f"steps and denoising_steps must be at most {MAX_STEPS:,}, got {self.steps} and {self.denoising_steps}"
             )
         lo, hi = self.guidance_interval
         if not 0 <= lo <= hi <= 1:

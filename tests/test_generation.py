@@ -317,6 +317,7 @@ def test_the_unconditional_branch_runs_only_when_asked_for(monkeypatch: pytest.M
         ({"top_k": True}, "top_k must be a whole number, got True"),
         ({"steps": "many"}, "steps must be a whole number, got 'many'"),
         ({"denoising_steps": None}, "denoising_steps must be a whole number, got None"),
+        ({"denoising_steps": 10**9}, "steps and denoising_steps must be at most 10,000"),
     ],
 )
 def test_sampling_of_wrong_types_or_without_bounds_is_refused(wrong: dict, message: str) -> None:
