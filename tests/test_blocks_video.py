@@ -165,7 +165,9 @@ def test_what_cannot_work_is_refused() -> None:
     for augment, sampling in ((0.0, 0.1), (1.0, 0.0), (0.1, 0.2), (-0.1, -0.1)):
         with pytest.raises(ValueError, match="at no later one than in training"):
             Blocks(augment=augment, augment_sampling=sampling)
-    for settings in ({"lead": 1}, {"frames": 2, "lead": 3}, {"frames": 2, "lead": 1, "shift": False}):
+    with pytest.raises(ValueError, match="lead is of blocks of frames"):
+        Blocks(lead=1)
+    for settings in ({"frames": 2, "lead": -1}, {"frames": 2, "lead": 3}, {"frames": 2, "lead": 1, "shift": False}):
         with pytest.raises(ValueError, match="the first block has 1 to"):
             Blocks(**settings)  # type: ignore[arg-type]
 

@@ -54,6 +54,8 @@ class Blocks(Order):
             item itself stays as it was generated.
         window: frames that a block sees before it, in generation; 0 = all. `window + frames` is a clip of the training, and what
             the model is told of the length of a longer one.
+        lead: frames of the first block in generation, where nothing is given; 0 = as many as the others have. With 1 a clip
+            begins as a picture. Shifted blocks show the model each of these in training.
     """
 
     def __init__(
@@ -87,6 +89,8 @@ class Blocks(Order):
                 f"a window of {window} frames needs blocks of frames, without infill and not along a text, and where training "
                 "doesn't shift the blocks as many frames as whole blocks have"
             )
+        if lead and not frames:
+            raise ValueError(f"lead is of blocks of frames: give frames too, or leave lead out; got lead {lead}")
         if lead < 0 or (lead and (lead > frames or infill or lead != frames and not shift)):
             raise ValueError(
                 f"the first block has 1 to {frames} frames (0: as many as the others), where training shifts the blocks and "
