@@ -213,3 +213,13 @@ def test_what_cannot_be_judged() -> None:
 
     with pytest.raises(ValueError, match="no modality of shapes"):
         evaluate(tiny(), {"shapes": ShapesSource(count=4)}, only=["shapes"])
+
+
+def test_a_tokenizer_by_itself() -> None:
+    source = ShapesSource(count=40, size=SIZE, kinds=["sphere", "box"])
+    report = evaluate(Cells(), {"shapes": source}, protocol=PROTOCOL, only=["shapes"])
+    names = {figure.name for figure in report.figures}
+    assert {"tokenizer: IoU, held-out shapes", "tokenizer: codebook usage"} <= names
+    assert not any(name.startswith(("generated", "captions")) for name in names)
+    with pytest.raises(ValueError, match="TextBytes is no tokenizer of shapes"):
+        evaluate(TextBytes(), {"shapes": source}, protocol=PROTOCOL, only=["shapes"])

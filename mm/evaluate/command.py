@@ -51,7 +51,9 @@ def parser() -> argparse.ArgumentParser:
     )
     out.add_argument("--model", default="mm-tiny", help="shipped name, checkpoint folder or hub name (%(default)s)")
     out.add_argument(
-        "--tokenizer", metavar="NAME", help="a tokenizer of sound by itself, as in mm tokenize; not a model"
+        "--tokenizer",
+        metavar="NAME",
+        help="a tokenizer of sound or of shapes by itself, as in mm tokenize; not a model",
     )
     out.add_argument("--data", nargs="+", action="extend", required=True, metavar="KIND:PATH", help="see below")
     out.add_argument("--json", action="store_true", help="print JSON instead of the table")
@@ -119,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.tokenizer:
         from mm.commands.tokenize import find
 
-        subject: Any = find(options.tokenizer, "sound")
+        subject: Any = find(options.tokenizer, "sound", "shape")
     else:
         subject = Pipeline.from_pretrained(options.model)
     report = evaluate(

@@ -49,7 +49,7 @@ def evaluate(
 
     Args:
         model: a `MultimodalModel`, a pipeline, a training module, or a `Subject`, `SpeechSubject`, `VideoSubject` or
-            `ShapeSubject` (whose sampling and batch then hold); or a tokenizer of sound by itself.
+            `ShapeSubject` (whose sampling and batch then hold); or a tokenizer of sound or of shapes by itself.
         sources: whole sources (split "all") by kind: "digits" (field `digit`), "emoji" (fields `caption`, `style`, and
             `category`, `subcategory` if there are any; one key a concept), "missing" (emoji in styles that the model
             has not seen), "speech" and "spoken" as for `evaluate_speech`, "moving" (a `MovingSource`, for models of video),
@@ -171,9 +171,10 @@ class _Evaluation:
             return
         if not isinstance(solids, ShapesSource):
             raise ValueError(f"the source 'shapes' is {solids.what}; give a ShapesSource, which knows what stands how")
-        makes = self._subject(ShapeSubject)
+        makes = self.model if isinstance(self.model, ModalityTokenizer) else self._subject(ShapeSubject)
         self.figures += evaluate_shapes(makes, solids, self.protocol, self.folder, self.judges, self.say)
-        self._found(makes, shape=makes.sampling)
+        if isinstance(makes, ShapeSubject):
+            self._found(makes, shape=makes.sampling)
 
     def pictures(self) -> None:
         sources = {kind: s for kind, s in self.sources.items() if kind not in (CLEAR, REAL, MOVING, SHAPES)}

@@ -100,12 +100,6 @@ class ShapeSubject:
         prompts = [[segment, self.reads.encode_text(asked)] for segment, asked in zip(given, questions, strict=True)]
         return self.reads.decode(self.reads.generate(prompts, max_tokens=max_tokens))
 
-    def back(self, shapes: Sequence[Shape]) -> list[Shape]:
-        """What is left of shapes after the tokenizer."""
-        batch = self.makes.batch_size
-        parts = [shapes[start : start + batch] for start in range(0, len(shapes), batch)]
-        return [d.value for part in parts for d in self.tokenizer.decode_batch(self.tokenizer.encode_batch(part))]
-
     def passes(self, prompt: str) -> int:
         """Forward passes that one shape takes by itself."""
         from mm.bench.scales import Counted
@@ -113,6 +107,12 @@ class ShapeSubject:
         engine = Counted(self.model)
         engine.generate(self.makes.requests(self.makes.encode([prompt]), sampling=self.sampling))
         return engine.passes
+
+
+def there_and_back(tokenizer: ModalityTokenizer, shapes: Sequence[Shape], batch: int = 32) -> list[Shape]:
+    """What is left of shapes after the tokenizer."""
+    parts = [shapes[start : start + batch] for start in range(0, len(shapes), batch)]
+    return [d.value for part in parts for d in tokenizer.decode_batch(tokenizer.encode_batch(part))]
 
 
 @dataclass(frozen=True)
@@ -129,28 +129,36 @@ class Asked:
 
 
 def evaluate_shapes(
-    subject: ShapeSubject,
+    subject: ShapeSubject | ModalityTokenizer,
     source: ShapesSource,
     protocol: Protocol,
     folder: Path | None = None,
     judges: Path | None = None,
     say: Say = lambda line: None,
 ) -> list[Figure]:
-    """All figures of shapes; contact sheets go into `folder`.
+    """All figures of shapes; contact sheets go into `folder`. Of a tokenizer by itself those of what it keeps.
 
     Args:
         source: whole (split "all"), with the settings of the training.
 
     Raises:
-        ValueError: a source that is a part.
+        ValueError: a source that is a part, or a tokenizer of something else.
     """
-    asked = ask(source, protocol.samples, subject.size)
-    judge = shape_judge(source, subject.size, protocol.solid_judge, protocol.seed, judges, say)
+    tokenizer = subject.tokenizer if isinstance(subject, ShapeSubject) else subject
+    size = tokenizer.spec.voxels
+    if not size:
+        raise ValueError(
+            f"{type(tokenizer).__name__} is no tokenizer of shapes; give one, or leave out the source 'shapes'"
+        )
+    asked = ask(source, protocol.samples, size)
+    judge = shape_judge(source, size, protocol.solid_judge, protocol.seed, judges, say)
     figures = judged(judge, [shape.occupancy for shape in asked.shapes], asked, "true shapes: ", control=True)
     say(f"shapes: {len(asked.shapes)} through the tokenizer")
-    back = subject.back(asked.shapes)
-    figures += tokenizer_figures(subject, source, asked, back, protocol)
+    back = there_and_back(tokenizer, asked.shapes, protocol.batch)
+    figures += tokenizer_figures(tokenizer, source, asked, back, protocol)
     figures += judged(judge, [s.occupancy for s in back], asked, "true shapes after the tokenizer: ", control=True)
+    if not isinstance(subject, ShapeSubject):
+        return figures
     if subject.tokenizer.decodes:
         say(f"shapes: making {len(asked.plans)}")
         figures += generated_figures(subject, source, judge, asked, protocol, folder, say)
@@ -264,7 +272,7 @@ def caption_figures(subject: ShapeSubject, asked: Asked, protocol: Protocol) -> 
 
 
 def tokenizer_figures(
-    subject: ShapeSubject, source: ShapesSource, asked: Asked, back: Sequence[Shape], protocol: Protocol
+    tokenizer: ModalityTokenizer, source: ShapesSource, asked: Asked, back: Sequence[Shape], protocol: Protocol
 ) -> list[Figure]:
     """Of held-out shapes, there and back."""
     pairs = list(zip(asked.shapes, back, strict=True))
@@ -282,11 +290,11 @@ def tokenizer_figures(
     figures.append(share(FAMILY, "tokenizer: Euler number kept", same))
     errors = [abs(_volume(b) / _volume(a) - 1) for a, b in pairs]
     figures.append(mean(FAMILY, "tokenizer: volume error", errors, "error"))
-    spec = subject.tokenizer.spec
+    spec = tokenizer.spec
     if spec.kind == "discrete" and not spec.is_free:
         numbers = training(source)[: min(CODED, protocol.pictures_for_codes)]
-        shapes = [source.draw(source.plan(number), subject.size) for number in numbers]
-        counts = count_codes(subject.tokenizer.encode_batch(shapes), 1, spec.vocab_size)
+        shapes = [source.draw(source.plan(number), spec.voxels) for number in numbers]
+        counts = count_codes(tokenizer.encode_batch(shapes), 1, spec.vocab_size)
         used, perplexity = usage_and_perplexity(counts)
         note = f"of {spec.vocab_size:,} codes, {int(counts.sum()):,} tokens"
         n = len(shapes)
