@@ -39,8 +39,8 @@ def codebook_numbers(name: str, codebook_size: int, code_dim: int, num_codes: in
 class Quantized:
     """What a quantiser makes of a feature map."""
 
-    latents: Float[Tensor, "B D H W"]
-    """The nearest codes; gradients pass straight through to the input."""
+    latents: Float[Tensor, "B D H W"] | Float[Tensor, "B P D H W"]
+    """The nearest codes; gradients pass straight through to the input. P: planes, where there are several."""
     ids: Int[Tensor, "B N"] | Int[Tensor, "B H W"] | Int[Tensor, "B H W K"]
     """int64."""
     loss: Float[Tensor, ""]

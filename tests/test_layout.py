@@ -130,7 +130,7 @@ def test_xformers_only_where_it_has_wheels() -> None:
 def test_what_the_package_imports_is_required() -> None:
     """A module that a newcomer's installation lacks is a crash that none of us sees."""
     # What needs an extra names it when it is missing; the tools of the tests belong to no installation.
-    groups = ("", "video", "speech", "sentences", "bench")
+    groups = ("", "video", "mesh", "speech", "sentences", "bench")
     known = {canonicalize_name(r.name) for group in groups for r in requirements()[group]}
     distributions = packages_distributions()
     missing = {}
