@@ -94,7 +94,7 @@ def test_the_diffusion_head_learns_both_places_and_the_others_do_not() -> None:
     assert trained(GaussianHead(), 300) > 20 * real
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_few_steps_do_what_a_hundred_do() -> None:
     """The same head, 10 steps beside 100 ancestral ones, as far as a few sets can tell; evenly spaced times are worse."""
     head = train(DiffusionHead(width=64, blocks=3), 1000)

@@ -348,7 +348,7 @@ def test_damaged_files_are_videos_or_refused(files: dict[str, bytes], kind: str)
     assert "ValueError" in outcomes
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ten_thousand_damaged_and_random_files(files: dict[str, bytes]) -> None:
     rng = np.random.default_rng(4)
     starts = [data[:16] for data in files.values()] + [b""]
