@@ -7,7 +7,7 @@ have been trained in one way only.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,14 +18,14 @@ from torch import Tensor
 from mm import pictures
 from mm.audio import Audio
 from mm.data.sources import DIGIT_NAMES
-from mm.evaluate import digits
+from mm.evaluate import digits, speech_figures
 from mm.evaluate.gallery import Gallery
 from mm.evaluate.networks import Say
 from mm.evaluate.protocol import Protocol as Settings
 from mm.evaluate.recordings import Recordings
 from mm.evaluate.results import Figure, share
 from mm.evaluate.speech_judges import digit_judge
-from mm.evaluate.subject import held_model
+from mm.evaluate.subject import Tested
 from mm.pipelines.any_to_any import AnyToAnyPipeline
 
 FAMILY = "crossing"
@@ -41,21 +41,11 @@ class Crosses(Protocol):
         """A sound for each picture."""
 
 
-class CrossingSubject:
-    """A model with pictures and sound, asked for one of them after the other, and for nothing else.
+class CrossingSubject(Tested):
+    """A model with pictures and sound, asked for one of them after the other, and for nothing else."""
 
-    Args:
-        model: a `MultimodalModel`, a pipeline, or whatever holds a model as its `model`.
-        batch: rows that are generated at once.
-
-    Raises:
-        ValueError: no model, or one without pictures or sound.
-    """
-
-    def __init__(self, model: Any, batch: int = 32) -> None:
-        held, recommended = held_model(model)
-        self.model = held
-        self.pipeline = AnyToAnyPipeline(held, recommended, batch)
+    def _open(self) -> None:
+        self.pipeline = AnyToAnyPipeline(self.model, self.recommended, self.batch)
         self.picture, self.speech = self.pipeline.picture, self.pipeline.speech
 
     def draw_heard(self, audios: Sequence[Audio], seed: int) -> list[Any]:
@@ -106,23 +96,11 @@ def evaluate_crossing(
     seen_right = digits.right(eye, torch.stack(made), said)
     say(f"crossing: speaking {len(seen)} handwritten digits")
     spoken = subject.speak_seen(seen.pixels, protocol.seed)
-    given_right = _named(ear.classify(heard.audios, "digit"), heard.texts)
-    heard_right = _named(ear.classify(spoken, "digit"), names)
+    given_right = speech_figures.right(ear, heard.audios, "digit", heard.texts)
+    heard_right = speech_figures.right(ear, spoken, "digit", names)
     return [
         share(FAMILY, "recogniser, the spoken digits given", given_right, control=True),
         share(FAMILY, "recogniser, the handwritten digits given", digits.right(eye, seen.pixels, drawn), control=True),
-        share(FAMILY, "speech → picture, the same digit", seen_right, detail=_by(heard.texts, seen_right)),
-        share(FAMILY, "picture → speech, the same digit", heard_right, detail=_by(names, heard_right)),
+        share(FAMILY, "speech → picture, the same digit", seen_right, detail=speech_figures.counts_by(heard.texts, seen_right)),
+        share(FAMILY, "picture → speech, the same digit", heard_right, detail=speech_figures.counts_by(names, heard_right)),
     ]  # fmt: skip
-
-
-def _named(answers: Sequence[str], truth: Sequence[str]) -> list[bool]:
-    return [answer == true for answer, true in zip(answers, truth, strict=True)]
-
-
-def _by(names: Sequence[str], hits: Sequence[bool]) -> Mapping[str, list[int]]:
-    """Of each digit, hits and tries."""
-    return {
-        name: [sum(hit for own, hit in zip(names, hits, strict=True) if own == name), list(names).count(name)]
-        for name in DIGIT_NAMES
-    }

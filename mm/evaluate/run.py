@@ -222,7 +222,7 @@ class _Evaluation:
         """Of models of pictures and of sound."""
         if CROSSING not in self.only or not {REAL, "digits"} <= set(self.sources):
             return
-        subject = CrossingSubject(self.model, self.protocol.batch)
+        subject = self._subject(CrossingSubject)
         gallery = load_gallery(self.sources["digits"], self._subject(Subject).side, self.protocol.holdout_every)
         clips = load_recordings(self.sources[REAL], self.protocol.holdout_every)
         self.figures += evaluate_crossing(subject, gallery, clips, self.protocol, self.judges, self.say)

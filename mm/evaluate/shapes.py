@@ -22,11 +22,9 @@ from mm.evaluate.networks import Say
 from mm.evaluate.protocol import Protocol
 from mm.evaluate.results import Figure, mean, share
 from mm.evaluate.shape_judge import KIND, ShapeJudge, agreement, kind_said, shape_judge
-from mm.evaluate.subject import held_model
+from mm.evaluate.subject import Tested
 from mm.evaluate.tokenizer import count_codes, usage_and_perplexity
 from mm.interfaces import ModalityTokenizer, Sampling
-from mm.model import MultimodalModel
-from mm.pipelines.base import Pipeline
 from mm.pipelines.image_to_3d import ImageTo3DPipeline
 from mm.pipelines.outputs import MeshOutput
 from mm.pipelines.shape_to_text import ShapeToTextPipeline
@@ -50,29 +48,11 @@ COUNT = 20_000
 """Shapes of the source, by default: those of the shipped configurations."""
 
 
-class ShapeSubject:
-    """A model with text and shapes, used the way its pipelines use it.
+class ShapeSubject(Tested):
+    """A model with text and shapes, used the way its pipelines use it."""
 
-    Args:
-        model: a `MultimodalModel`, a pipeline, or whatever holds a model as its `model` (a training module).
-        name: what the results call it.
-        sampling: fields of `Sampling` for shapes, instead of what the checkpoint recommends.
-        batch: rows that are generated at once.
-
-    Raises:
-        ValueError: no model, or one without shapes.
-    """
-
-    def __init__(
-        self,
-        model: MultimodalModel | Pipeline | Any,
-        *,
-        name: str = "model",
-        sampling: Mapping[str, Any] | None = None,
-        batch: int = 32,
-    ) -> None:
-        held, recommended = held_model(model)
-        self.name, self.model, self.options = name, held, dict(sampling or {})
+    def _open(self) -> None:
+        held, recommended, batch = self.model, self.recommended, self.batch
         self.makes = TextTo3DPipeline(held, recommended, batch)
         self.sees = ImageTo3DPipeline(held, recommended, batch)
         self.reads = ShapeToTextPipeline(held, recommended, batch)

@@ -173,7 +173,7 @@ def speaking_figures(
             figures.append(share(SPEAKING, f"{question} recognised, real, originals", hits, control=True))
             hits = right(spoken.digits, made, question, asked_for)
             figures.append(
-                share(SPEAKING, f"{question} recognised, real, generated", hits, detail=_by(asked_for, hits))
+                share(SPEAKING, f"{question} recognised, real, generated", hits, detail=counts_by(asked_for, hits))
             )
         usual = _seconds(spoken.real)
         ratios = [audio.seconds / usual[pair] for audio, pair in zip(made, asked, strict=True) if pair in usual]
@@ -258,7 +258,11 @@ def voice_figures(
         hits = right(judge, [audios[i] for i in rows], "speaker", truth)
         figures.append(
             share(
-                family, f"voice recognised, clear, {name}", hits, control=audios is originals, detail=_by(truth, hits)
+                family,
+                f"voice recognised, clear, {name}",
+                hits,
+                control=audios is originals,
+                detail=counts_by(truth, hits),
             )
         )
     return figures
@@ -269,7 +273,7 @@ def _rows(values: Sequence[str]) -> dict[str, list[int]]:
     return {value: [i for i, own in enumerate(values) if own == value] for value in sorted(set(values))}
 
 
-def _by(names: Sequence[str], hits: Sequence[bool]) -> dict[str, list[int]]:
+def counts_by(names: Sequence[str], hits: Sequence[bool]) -> dict[str, list[int]]:
     """Hits and cases by name."""
     return {name: [sum(hits[i] for i in rows), len(rows)] for name, rows in _rows(names).items()}
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from mm.audio import Audio
 from mm.data.example import Source
@@ -15,11 +14,9 @@ from mm.evaluate.recordings import Recordings, load_recordings
 from mm.evaluate.results import Figure
 from mm.evaluate.speech_control import editing_figures, pace_figures
 from mm.evaluate.speech_figures import hearing_figures, prepare, speaking_figures, tokenizer_figures
-from mm.evaluate.subject import held_model
+from mm.evaluate.subject import Tested
 from mm.interfaces import ModalityTokenizer
 from mm.listening import NAME
-from mm.model import MultimodalModel
-from mm.pipelines.base import Pipeline
 from mm.pipelines.sound_editing import Edit
 from mm.pipelines.speech_to_text import SpeechToTextPipeline
 from mm.pipelines.text_to_speech import TextToSpeechPipeline
@@ -30,29 +27,11 @@ PARTS = ("tokenizer", "speaking", "pace", "editing", "hearing", "listening")
 """What is measured of a model."""
 
 
-class SpeechSubject:
-    """A model with text and sound, used the way its pipelines use it.
+class SpeechSubject(Tested):
+    """A model with text and sound, used the way its pipelines use it."""
 
-    Args:
-        model: a `MultimodalModel`, a pipeline, or whatever holds a model as its `model` (a training module).
-        name: what the results call it.
-        sampling: fields of `Sampling` for sound, instead of what the checkpoint recommends.
-        batch: rows that are generated at once.
-
-    Raises:
-        ValueError: no model, or one without sound.
-    """
-
-    def __init__(
-        self,
-        model: MultimodalModel | Pipeline | Any,
-        *,
-        name: str = "model",
-        sampling: Mapping[str, Any] | None = None,
-        batch: int = 32,
-    ) -> None:
-        held, recommended = held_model(model)
-        self.name, self.model, self.options, self.batch = name, held, dict(sampling or {}), batch
+    def _open(self) -> None:
+        held, recommended, batch = self.model, self.recommended, self.batch
         self.speaks = TextToSpeechPipeline(held, recommended, batch)
         self.hears = SpeechToTextPipeline(held, recommended, batch)
         self.sampling = self.speaks.sampling(self.speaks.speech, self.options)

@@ -69,14 +69,17 @@ def held_model(model: MultimodalModel | Pipeline | Any) -> tuple[MultimodalModel
     return held, recommended
 
 
-class Subject:
-    """A model with text and pictures, used the way its pipelines use it.
+class Tested:
+    """The beginning of what is evaluated: a model that was given in one form or another, and what it is to be asked with.
 
     Args:
         model: a `MultimodalModel`, a pipeline, or whatever holds a model as its `model` (a training module).
         name: what the results call it.
-        sampling: fields of `Sampling` for pictures, instead of what the checkpoint recommends.
+        sampling: fields of `Sampling` for what it makes, instead of what the checkpoint recommends.
         batch: rows that are generated at once.
+
+    Raises:
+        ValueError: no model, or one without what is to be evaluated.
     """
 
     def __init__(
@@ -87,13 +90,23 @@ class Subject:
         sampling: Mapping[str, Any] | None = None,
         batch: int = 32,
     ) -> None:
-        held, recommended = held_model(model)
-        self.name, self.model = name, held
+        self.model, self.recommended = held_model(model)
+        self.name, self.options, self.batch = name, dict(sampling or {}), batch
+        self._open()
+
+    def _open(self) -> None:
+        """Make the pipelines."""
+
+
+class Subject(Tested):
+    """A model with text and pictures, used the way its pipelines use it."""
+
+    def _open(self) -> None:
+        held, recommended, batch = self.model, self.recommended, self.batch
         self.draws = TextToImagePipeline(held, recommended, batch)
         self.writes = ImageToTextPipeline(held, recommended, batch)
-        self.sampling = self.draws.sampling(self.draws.picture, sampling or {})
+        self.sampling = self.draws.sampling(self.draws.picture, self.options)
         self.text_sampling = self.writes.sampling(self.writes.text, {}, Sampling(temperature=0.0))
-        self.batch = batch
         self.side = max(self.tokenizer.spec.pixels or self.tokenizer.decode(self._blank()).value.size)
         """Side of the pictures that the tokenizer decodes, in pixels."""
 

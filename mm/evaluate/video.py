@@ -28,10 +28,8 @@ from mm.evaluate.moving_digits import frame_recogniser, recognised
 from mm.evaluate.networks import Judge, Say
 from mm.evaluate.protocol import Protocol
 from mm.evaluate.results import Figure, mean, share
-from mm.evaluate.subject import held_model
+from mm.evaluate.subject import Tested
 from mm.interfaces import ModalityTokenizer
-from mm.model import MultimodalModel
-from mm.pipelines.base import Pipeline
 from mm.pipelines.text_to_video import TextToVideoPipeline
 from mm.video import Video
 
@@ -68,29 +66,11 @@ class Films(Shape):
     def reconstruct(self, clips: Sequence[Video]) -> list[Frames]: ...
 
 
-class VideoSubject:
-    """A model with text and video, used the way its pipeline uses it.
+class VideoSubject(Tested):
+    """A model with text and video, used the way its pipeline uses it."""
 
-    Args:
-        model: a `MultimodalModel`, a pipeline, or whatever holds a model as its `model` (a training module).
-        name: what the results call it.
-        sampling: fields of `Sampling` for video, instead of what the checkpoint recommends.
-        batch: rows that are generated at once.
-
-    Raises:
-        ValueError: no model, or one without video.
-    """
-
-    def __init__(
-        self,
-        model: MultimodalModel | Pipeline | Any,
-        *,
-        name: str = "model",
-        sampling: Mapping[str, Any] | None = None,
-        batch: int = 32,
-    ) -> None:
-        held, recommended = held_model(model)
-        self.name, self.model, self.options = name, held, dict(sampling or {})
+    def _open(self) -> None:
+        held, recommended, batch = self.model, self.recommended, self.batch
         self.films = TextToVideoPipeline(held, recommended, batch)
         self.sampling = self.films.sampling(self.films.video, self.options)
 
