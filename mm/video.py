@@ -353,7 +353,7 @@ def save_video(
     - `.mp4`: H.264 that browsers play (4:2:0, its index at the beginning); an odd side gets one more row or column, which
       repeats the last. `.webm`: VP9. Both need FFmpeg (`pip install 'mm[video]'`).
     - `.gif`, `.apng`, `.webp`: endless animations; GIF has 256 colours a frame and is exact where these suffice, the other
-      two lose nothing, except that frames which are all equal become one picture.
+      two lose nothing.
     - `.png`: a contact sheet, the frames side by side.
 
     Args:
@@ -371,5 +371,5 @@ def save_video(
 
 
 def to_webp(video: Video) -> bytes:
-    """An animation that loses nothing, but that of frames which are all equal one remains: a picture, which has no rate."""
+    """An animation that loses nothing."""
     return video_encoding.to_webp(video.frames, video.fps)

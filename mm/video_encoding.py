@@ -56,17 +56,33 @@ def write(path: str | os.PathLike[str], frames: Frames, fps: float, scale: int =
         elif ending == ".gif":
             with temporary.open("wb") as file:
                 _write_gif(file, frames, fps, scale)
-        elif ending == ".png":
-            _sheet(frames, scale).save(temporary)
+        elif ending == ".webp":
+            temporary.write_bytes(to_webp(frames, fps, scale))
+        elif ending == ".apng":
+            _write_apng(temporary, frames, fps, scale)
         else:
-            _animate(temporary, frames, fps, scale, ending)
+            _sheet(frames, scale).save(temporary)
 
 
-def to_webp(frames: Frames, fps: float) -> bytes:
-    """As `mm.video.to_webp`."""
-    buffer = io.BytesIO()
-    _animate(buffer, frames, fps, 1, ".webp")
-    return buffer.getvalue()
+def to_webp(frames: Frames, fps: float, scale: int = 1) -> bytes:
+    """As `mm.video.to_webp`. As many frames as are given (libwebp's own writer joins equal neighbours), without loss, and of
+    each only the part that changes, at even places. The container: RFC 9649, section 2.7."""
+    from PIL import Image
+
+    def part(name: bytes, data: bytes) -> bytes:
+        return name + len(data).to_bytes(4, "little") + data + bytes(len(data) % 2)
+
+    height, width = (side * scale for side in frames.shape[1:3])
+    size = (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
+    chunks = [part(b"VP8X", b"\x02\0\0\0" + size), part(b"ANIM", bytes(6))]  # an animation, endless
+    durations = _durations(len(frames), fps, 0.001)
+    for (corner, pixels), duration in zip(_changes(frames, scale, even=True), durations, strict=True):
+        coded = io.BytesIO()
+        Image.fromarray(pixels).save(coded, "WEBP", lossless=True)
+        where = (corner[0] // 2, corner[1] // 2, pixels.shape[1] - 1, pixels.shape[0] - 1, duration)
+        head = b"".join(number.to_bytes(3, "little") for number in where)
+        chunks.append(part(b"ANMF", head + b"\x02" + coded.getvalue()[12:]))  # instead of what is there, and it stays
+    return part(b"RIFF", b"WEBP" + b"".join(chunks))
 
 
 def _large(frame: Frame, scale: int) -> Frame:
@@ -122,14 +138,15 @@ def _sheet(frames: Frames, scale: int) -> Image.Image:
     return sheet.grid([Image.fromarray(frame) for frame in frames], columns, scale=scale)
 
 
-def _animate(file: Path | IO[bytes], frames: Frames, fps: float, scale: int, ending: str) -> None:
-    """Without loss. Neighbours that are equal become one frame that lasts longer."""
+def _write_apng(file: Path, frames: Frames, fps: float, scale: int) -> None:
+    """Without loss."""
     from PIL import Image
 
     pictures = [Image.fromarray(_large(frame, scale)) for frame in frames]
-    options = {"format": "WEBP", "lossless": True, "exact": True} if ending == ".webp" else {"format": "PNG"}
     durations = _durations(len(frames), fps, 0.001)
-    pictures[0].save(file, save_all=True, append_images=pictures[1:], duration=durations, loop=0, **options)
+    # "in place of" and "over" are the same without transparency, and Pillow joins no equal neighbours that differ in it
+    blend = [number % 2 for number in range(len(frames))]
+    pictures[0].save(file, "PNG", save_all=True, append_images=pictures[1:], duration=durations, blend=blend, loop=0)
 
 
 def _write_gif(file: IO[bytes], frames: Frames, fps: float, scale: int) -> None:
@@ -142,16 +159,17 @@ def _write_gif(file: IO[bytes], frames: Frames, fps: float, scale: int) -> None:
     file.write(b"GIF89a" + width.to_bytes(2, "little") + height.to_bytes(2, "little") + b"\x70\x00\x00")
     file.write(b"\x21\xff\x0bNETSCAPE2.0\x03\x01\x00\x00\x00")
     durations = _durations(len(frames), fps, 0.01)
-    for (corner, picture), duration in zip(_changes(frames, scale), durations, strict=True):
+    for (corner, pixels), duration in zip(_changes(frames, scale), durations, strict=True):
         # "leave it in place", how long it lasts, no transparency
         file.write(b"\x21\xf9\x04\x04" + min(duration, 0xFFFF).to_bytes(2, "little") + b"\x00\x00")
-        for block in GifImagePlugin.getdata(picture, corner, include_color_table=True):
+        for block in GifImagePlugin.getdata(_flat(pixels), corner, include_color_table=True):
             file.write(block)
     file.write(b";")
 
 
-def _changes(frames: Frames, scale: int) -> Iterator[tuple[tuple[int, int], Image.Image]]:
-    """Of each frame the place (column, row) and the pixels of the part that differs from the one before."""
+def _changes(frames: Frames, scale: int, even: bool = False) -> Iterator[tuple[tuple[int, int], Frame]]:
+    """Of each frame the place (column, row) and the pixels of the part that differs from the one before. `even`: of even
+    columns and rows."""
     before: Frame | None = None
     for frame in frames:
         left, top, right, bottom = 0, 0, frame.shape[1], frame.shape[0]
@@ -162,8 +180,10 @@ def _changes(frames: Frames, scale: int) -> Iterator[tuple[tuple[int, int], Imag
                 top, bottom = int(rows.min()), int(rows.max()) + 1
             else:
                 right, bottom = 1, 1
+        if even and scale % 2:
+            left, top = left - left % 2, top - top % 2
         before = frame
-        yield (left * scale, top * scale), _flat(_large(frame[top:bottom, left:right], scale))
+        yield (left * scale, top * scale), _large(np.ascontiguousarray(frame[top:bottom, left:right]), scale)
 
 
 def _flat(frame: Frame) -> Image.Image:
@@ -173,7 +193,7 @@ def _flat(frame: Frame) -> Image.Image:
     packed = frame.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], dtype=np.uint32)
     colours, index = np.unique(packed, return_inverse=True)
     if len(colours) > COLOURS:
-        whole = Image.fromarray(np.ascontiguousarray(frame))
+        whole = Image.fromarray(frame)
         return whole.quantize(COLOURS, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
     picture = Image.fromarray(index.reshape(frame.shape[:2]).astype(np.uint8), mode="P")
     palette = np.stack([colours >> 16 & 255, colours >> 8 & 255, colours & 255], axis=1)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mm.video import Video, load_video, resample_frames, save_video, square
+from mm.video import Video, load_video, resample_frames, save_video, square, to_webp
 
 
 def film(count: int = 8, height: int = 24, width: int = 32) -> Any:
@@ -33,6 +33,20 @@ def test_animations_come_back_exactly(tmp_path: Path, ending: str, fps: float) -
         assert np.array_equal(video.frames, frames)
         assert video.fps == pytest.approx(fps, rel=1e-3)
     assert [path.name for path in tmp_path.iterdir()] == [f"x{ending}"]
+
+
+@pytest.mark.parametrize("ending", [".gif", ".apng", ".webp"])
+@pytest.mark.parametrize("order", [[0] * 8, [0, 0, 4, 4, 5, 5], [0, 1, 1, 1, 4, 0, 0]])
+@pytest.mark.parametrize("scale", [1, 3])
+def test_equal_frames_stay_apart(tmp_path: Path, ending: str, order: list[int], scale: int) -> None:
+    """Encoders join equal neighbours; a clip of nothing but these came back as one frame, and one of pairs at half its rate."""
+    frames = film()[order, :23, :31]
+    save_video(tmp_path / f"x{ending}", frames, 8, scale=scale)
+    video = load_video(tmp_path / f"x{ending}")
+    assert np.array_equal(video.frames, frames.repeat(scale, 1).repeat(scale, 2))
+    assert video.fps == pytest.approx(8, rel=1e-2)
+    if ending == ".webp" and scale == 1:
+        assert to_webp(Video(frames, 8)) == (tmp_path / "x.webp").read_bytes()
 
 
 def test_arrays_and_lists_of_frames() -> None:
