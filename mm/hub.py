@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -77,6 +77,7 @@ def save_pretrained(
             "null_seen": model.null_seen,
             "voices": list(check_voices(model.voices, "the model")),
             "by_word": model.by_word,
+            "directions": None if model.directions is None else sorted(map(list, model.directions)),
             "sampling": {name: dataclasses.asdict(value) for name, value in (sampling or {}).items()},
         }
         safe_io.write_tensors(folder / WEIGHTS, state, {"format": "pt"})
@@ -125,6 +126,21 @@ def check_voices(voices: Any, what: str) -> tuple[str, ...]:
             f"{what} has voices that are no list of up to {MAX_VOICES:,} printable names of 1 to {MAX_NAME} characters"
         )
     return tuple(voices)
+
+
+def check_directions(pairs: Any, names: Iterable[str], what: str) -> frozenset[tuple[str, str]] | None:
+    """(given, made) modalities of `names`, None where nothing is known. Raises `ValueError` beginning with `what`."""
+    if pairs is None:
+        return None
+    known = set(names)
+    fine = isinstance(pairs, list | tuple | set | frozenset) and len(pairs) <= len(known) ** 2
+    if not fine or any(
+        not isinstance(pair, list | tuple) or len(pair) != 2 or not {*map(str, pair)} <= known for pair in pairs
+    ):
+        raise ValueError(
+            f"{what} has directions {str(pairs)[:80]!r}; expected pairs of its modalities {', '.join(sorted(known))}"
+        )
+    return frozenset((str(given), str(made)) for given, made in pairs)
 
 
 # --- finding --------------------------------------------------------------------------------------------------------
@@ -221,6 +237,9 @@ def load_weights(model: MultimodalModel, path_or_name: str | os.PathLike[str]) -
     model.null_seen = config.get("null_seen") or model.null_seen
     model.voices = check_voices(config.get("voices") or [], "the checkpoint") or model.voices
     model.by_word = bool(config.get("by_word")) or model.by_word
+    model.directions = (
+        check_directions(config.get("directions"), model.vocabulary.index, "the checkpoint") or model.directions
+    )
 
 
 def _read_weights(folder: Path, model: MultimodalModel) -> dict[str, Any]:
@@ -301,4 +320,5 @@ def _build(config: Mapping[str, Any], tokenizers: Mapping[str, ModalityTokenizer
     model.null_seen = config.get("null_seen")
     model.voices = check_voices(config.get("voices") or [], "the checkpoint")
     model.by_word = bool(config.get("by_word"))
+    model.directions = check_directions(config.get("directions"), model.vocabulary.index, "the checkpoint")
     return model

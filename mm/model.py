@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mm.attention import AttentionPlan, Packed
 from mm.backbone import Backbone, BackboneConfig, Float32Buffers
 from mm.diffusion import Process
+from mm.directions import Directions
 from mm.fusion import Fusion
 from mm.grammar import Grammar
 from mm.interfaces import Fusion as Way
@@ -56,6 +57,8 @@ class MultimodalModel(nn.Module):
         """Whether training showed it the null condition, which guidance needs; None: not known."""
         self.voices: tuple[str, ...] = ()
         """Names of voices that training showed it, sorted; speech may be asked for in each."""
+        self.directions: Directions | None = None
+        """(given, made) modalities that training showed it (`mm.directions`); None: not known."""
         self.by_word = False
         """Whether it learned to speak word by word (`mm.data.documents.TextToSpeech`)."""
         self.grammar = Grammar(self.vocabulary)

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mm.backbone import BackboneConfig
+from mm.directions import shown
 from mm.export import WriteRows
 from mm.interfaces import Modality, Sampling
 from mm.layout import Segment
@@ -114,6 +115,8 @@ class ModelTraining(pl.LightningModule):
 
     def training_step(self, batch: TokenStream, batch_idx: int) -> Tensor:
         self._check_spread(batch)
+        if batch_idx < 200 or batch_idx % 100 == 0:
+            self.model.directions = (self.model.directions or frozenset()) | shown(batch, self.model.vocabulary)
         # on an accelerator the look costs a synchronisation, so that it is rare where conditions are never dropped
         if not self.model.null_seen and (batch_idx < 100 or batch_idx % 100 == 0):
             null = self.model.vocabulary.control("null")
@@ -154,11 +157,17 @@ class ModelTraining(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["null_seen"], checkpoint["voices"] = self.model.null_seen, list(self.model.voices)
         checkpoint["by_word"] = self.model.by_word
+        checkpoint["directions"] = None if self.model.directions is None else sorted(self.model.directions)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        from mm.hub import check_directions
+
         self.model.null_seen = checkpoint.get("null_seen")
         self.model.voices = tuple(checkpoint.get("voices", ()))
         self.model.by_word = bool(checkpoint.get("by_word"))
+        self.model.directions = check_directions(
+            checkpoint.get("directions"), self.model.vocabulary.index, "the checkpoint"
+        )
 
     def validation_step(self, batch: TokenStream, batch_idx: int) -> Tensor:
         return self._step(batch, "val")

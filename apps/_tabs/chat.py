@@ -206,7 +206,7 @@ def choose(shelf: Shelf, given: set[str], target: str | None) -> str:
 
     able = shelf.makers(target) if target else shelf.names
     for name in able:
-        if given <= shelf.facts[name].reads:
+        if given <= shelf.facts[name].takes:
             return name
     read = " and ".join(WORDS[medium] for medium in sorted(given)) or "text"
     make = f" and makes {WORDS[target]}" if target else ""

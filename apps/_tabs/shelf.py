@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
+    from mm.directions import Directions
     from mm.interfaces import ModalityTokenizer, Order, Sampling
     from mm.pipelines.base import Pipeline
 
@@ -46,6 +47,9 @@ class Facts:
     """The first modality of each medium."""
     makes: frozenset[str]
     reads: frozenset[str]
+    """Media that it says in words what they are."""
+    takes: frozenset[str]
+    """Media that something may follow on."""
     sampling: dict[str, Sampling]
     """What the checkpoint recommends, by modality."""
     steps: dict[str, int] = field(default_factory=dict)
@@ -62,8 +66,9 @@ def facts(
     sampling: Mapping[str, Sampling],
     voices: Sequence[str] = (),
     by_word: bool = False,
+    directions: Directions | None = None,
 ) -> Facts:
-    """What a model can do, told by its modalities beside text: (name, tokenizer, order) each."""
+    """What a model can do: told by its modalities beside text, (name, tokenizer, order) each, and by what training showed it."""
     import math
 
     from mm.pipelines.media import medium_of, most_frames
@@ -77,16 +82,22 @@ def facts(
         if medium is None or medium in names:
             continue
         names[medium], steps[name] = name, order.default_steps
-        if tokenizer.decodes and (tokenizer.spec.spatial or medium != "sound"):
+        learned = directions is None or any(name == into for _, into in directions)
+        if learned and tokenizer.decodes and (tokenizer.spec.spatial or medium != "sound"):
             made.add(medium)
         if medium == "video" and math.isfinite(most := most_frames(tokenizer.spec)):
             frames, goes_on = int(most), bool(getattr(order, "window", 0))
-    # who speaks word by word has learned sounds behind their words only
-    read = frozenset(medium for medium in names if not (medium == "sound" and by_word))
+    if directions is None:  # who speaks word by word has learned sounds behind their words only
+        read = taken = frozenset(medium for medium in names if not (medium == "sound" and by_word))
+    else:
+        taken = frozenset(medium for medium, name in names.items() if any(name == given for given, _ in directions))
+        beside = set(names.values())  # the host is all that remains
+        read = frozenset(m for m in taken if any(g == names[m] and made not in beside for g, made in directions))
     return Facts(
         modalities=names,
         makes=frozenset(made),
         reads=read,
+        takes=taken,
         sampling=dict(sampling),
         steps=steps,
         frames=frames,
@@ -98,7 +109,7 @@ def facts(
 def _known(pipeline: Pipeline) -> Facts:
     model = pipeline.model
     parts = ((modality.name, modality.tokenizer, modality.order) for modality in model.modalities[1:])
-    return facts(parts, pipeline.recommended, model.voices, model.by_word)
+    return facts(parts, pipeline.recommended, model.voices, model.by_word, model.directions)
 
 
 def _described(name: str) -> Facts:
@@ -113,7 +124,12 @@ def _described(name: str) -> Facts:
         (entry["name"], tokenizers[entry["name"]], construct("orders", entry["order"], "an order"))
         for entry in config["modalities"][1:]
     )
-    return facts(parts, hub.load_sampling(config), tuple(config.get("voices") or ()), bool(config.get("by_word")))
+    directions = hub.check_directions(
+        config.get("directions"), [entry["name"] for entry in config["modalities"]], "the checkpoint"
+    )
+    return facts(
+        parts, hub.load_sampling(config), tuple(config.get("voices") or ()), bool(config.get("by_word")), directions
+    )
 
 
 class Shelf:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
 from mm.batching import Batcher
+from mm.directions import Directions
 from mm.pipelines.base import Pipeline
 from mm.pipelines.media import Medium, medium_of
 from mm.serve.desk import Ticket
@@ -43,20 +44,35 @@ class Served:
         return made
 
     def can(self, task: Task) -> bool:
-        """By its modalities; what it was trained for isn't known."""
+        """By what its training showed it, or by its modalities where that isn't known."""
         makes, reads = self._media(True), self._media(False)
         return {
-            "chat": True,
+            "chat": not self.directions or self.pipeline.text in {made for _, made in self.directions},
             "image": "picture" in makes,
             "speech": "sound" in makes,
-            "transcription": "sound" in reads and not self.pipeline.model.by_word,  # those learned to speak only
+            "transcription": "sound" in reads,
             "video": "video" in makes,
             "shape": "shape" in makes,
         }[task]
 
     def _media(self, made: bool) -> set[Medium | None]:
-        tokenizers = [modality.tokenizer for modality in self.pipeline.model.modalities[1:]]
-        return {medium_of(t.spec) for t in tokenizers if not made or (t.decodes and (t.spec.spatial or t.spec.is_free))}
+        found: set[Medium | None] = set()
+        for modality in self.pipeline.model.modalities[1:]:
+            spec, medium = modality.tokenizer.spec, medium_of(modality.tokenizer.spec)
+            if made:
+                able = modality.tokenizer.decodes and (spec.spatial or spec.is_free)
+                learned = self.directions is None or any(name == modality.name for _, name in self.directions)
+            elif self.directions is None:  # who learned to speak word by word learned to speak only
+                able, learned = True, medium != "sound" or not self.pipeline.model.by_word
+            else:
+                able, learned = True, (modality.name, self.pipeline.text) in self.directions
+            if able and learned:
+                found.add(medium)
+        return found
+
+    @property
+    def directions(self) -> Directions | None:
+        return self.pipeline.model.directions
 
 
 class Shelf:

@@ -1,0 +1,41 @@
+"""What a model was trained to do, in pairs: what it is given, and what it makes of it.
+
+A model's modalities say what it could do; a model that has learned to speak can't for that write down what it hears. So training
+notes what its documents show (`shown`), and checkpoints keep it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mm.stream import TokenStream
+from mm.vocabulary import Vocabulary
+
+Directions = frozenset[tuple[str, str]]
+"""(given, made) by name of modality."""
+
+
+def shown(batch: TokenStream, vocabulary: Vocabulary) -> Directions:
+    """(given, made): some document of the batch has elements of `given` before learned ones of another modality, `made`.
+    Control tokens belong to none."""
+    host = batch.modality == 0
+    held = ~host | (batch.ids < vocabulary.control_start)
+    clean = held & (batch.copy == 0)
+    predicted = batch.target[(batch.target >= 0) & (batch.weight > 0)]
+    predicted = predicted[held[predicted]]
+    shape = (batch.num_documents, len(vocabulary.entries))
+    order = batch.order
+    first = torch.full(shape, torch.iinfo(order.dtype).max, dtype=order.dtype, device=order.device)
+    last = torch.full_like(first, torch.iinfo(order.dtype).min)
+    _reduce(first, batch, torch.nonzero(clean).flatten(), "amin")
+    _reduce(last, batch, predicted, "amax")
+    pairs = (first[:, :, None] < last[:, None, :]).any(dim=0)
+    names = list(vocabulary.index)
+    return frozenset((names[a], names[b]) for a, b in pairs.nonzero().tolist() if a != b)
+
+
+def _reduce(into: Tensor, batch: TokenStream, where: Tensor, how: str) -> None:
+    """The least or greatest order at some positions, by document and modality."""
+    cell = batch.document[where] * into.shape[1] + batch.modality[where]
+    into.view(-1).scatter_reduce_(0, cell.long(), batch.order[where], how)
