@@ -13,6 +13,7 @@ from PIL import Image
 import mm
 from mm.generation import Event
 from mm.interfaces import Encoded, Sampling
+from mm.layout import Segment
 from mm.media import load_image
 from mm.orders.masked import Masked
 from mm.orders.raster import Raster
@@ -349,6 +350,21 @@ def test_any_to_any(tmp_path: Path) -> None:
         pipeline("a", sampling={"sound": Sampling()})
     with pytest.raises(ValueError, match="text is written anyway"):
         pipeline("a", to=["text"])
+
+
+def test_any_to_any_takes_segments_of_any_modality(tmp_path: Path) -> None:
+    """So a modality that has no type of its own here can be given: raw, or encoded."""
+    pipeline = AnyToAnyPipeline(tiny())
+    plain = pipeline([colours(0), "then"], to="image", max_tokens=40, seed=2)
+    encoded = pipeline.tokenizer("image").encode(colours(0))
+    for content in (colours(0), encoded):
+        same = pipeline([Segment("image", content), "then"], to="image", max_tokens=40, seed=2)
+        assert same.texts == plain.texts and [x.tobytes() for x in same.images] == [x.tobytes() for x in plain.images]
+    with pytest.raises(ValueError, match="no modality 'series' in this model; it has text, image"):
+        pipeline([Segment("series", [1.0, 2.0])])
+    with pytest.raises(ValueError, match="a part is a list, which has no file format here"):
+        AnyOutput([["a text", [1.0, 2.0]]], 0).save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_model_opens_pictures_by_itself() -> None:

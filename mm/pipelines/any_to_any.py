@@ -13,17 +13,18 @@ from PIL import Image
 
 from mm.audio import Audio
 from mm.generation import Grid, Request
-from mm.interfaces import Sampling
+from mm.interfaces import Encoded, Sampling
 from mm.layout import Segment
 from mm.pipelines.base import Callback, Pipeline, check_count, choose_seed, several
 from mm.pipelines.media import CLIPS, SOUNDS, Medium
 from mm.pipelines.outputs import AnyOutput
 from mm.video import Frames, Video
 
-Part = str | os.PathLike[str] | bytes | IO[bytes] | Image.Image | Audio | Video | Frames
+Part = str | os.PathLike[str] | bytes | IO[bytes] | Image.Image | Audio | Video | Frames | Segment
 """A text (str); a picture: the path of a file as `pathlib.Path`, its bytes, an open binary file, or a PIL picture; a sound:
 the path of a file whose ending says so, or `mm.Audio`; a clip: the path of a file whose ending says so, `mm.video.Video`, or an
-array of frames. Bytes and open files are what the model has: pictures, else sounds, else clips."""
+array of frames. Bytes and open files are what the model has: pictures, else sounds, else clips. Raw data of any other modality:
+`mm.layout.Segment(name, data)`."""
 MEDIA: tuple[Medium, ...] = ("picture", "sound", "video")
 """What bytes and open files are taken for: the first of these that the model has."""
 Document = Part | Sequence[Part]
@@ -85,7 +86,7 @@ class AnyToAnyPipeline(Pipeline):
         """Documents as segments; all pictures of all documents are encoded together, and all sounds."""
         if any(not document for document in documents):
             raise ValueError("the document is empty; give at least one text, picture or sound")
-        given: list[Any] = [part for document in documents for part in document if not isinstance(part, str)]
+        given: list[Any] = [part for document in documents for part in document if not isinstance(part, str | Segment)]
         media = [self._medium(part) for part in given]
         encoders: dict[Medium, Callable[[list[Any]], list[Segment]]] = {
             "sound": self.encode_sounds,
@@ -97,10 +98,21 @@ class AnyToAnyPipeline(Pipeline):
             for medium, encode in encoders.items()
         }
         encoded = iter([next(made[medium]) for medium in media])
-        return [
-            [self.encode_text(part) if isinstance(part, str) else next(encoded) for part in document]
-            for document in documents
-        ]
+
+        def segment(part: Part) -> Segment:
+            if isinstance(part, Segment):
+                return self.encode_item(part)
+            return self.encode_text(part) if isinstance(part, str) else next(encoded)
+
+        return [[segment(part) for part in document] for document in documents]
+
+    def encode_item(self, item: Segment) -> Segment:
+        """A given item of any modality, raw or encoded. Raises `ValueError` for a modality that the model lacks, and for what its
+        tokenizer can't encode."""
+        self.model.vocabulary[item.modality]
+        raw = item.content
+        content = raw if isinstance(raw, Encoded) else self.tokenizer(item.modality).encode(raw)
+        return Segment(item.modality, content, loss=False)
 
     def _medium(self, part: Any) -> Medium:
         if isinstance(part, Image.Image):

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Bool
@@ -197,9 +197,10 @@ def portrait(mesh: Trimesh, size: int) -> Image.Image:
 
 @dataclass(frozen=True)
 class AnyOutput:
-    """Documents of text, pictures, sound and video: what was generated, without what was given."""
+    """Documents of text, pictures, sound, video and whatever else the model has: what was generated, without what was given."""
 
-    documents: list[list[str | Image.Image | Audio | Video]]
+    documents: list[list[Any]]
+    """Parts: `str`, `PIL.Image.Image`, `Audio`, `Video`, else what the tokenizer of the modality decodes to."""
     seed: int
     """What to pass as `seed` to get the same again."""
 
@@ -224,10 +225,14 @@ class AnyOutput:
         return [part for document in self.documents for part in document if isinstance(part, Video)]
 
     def save(self, path: str | os.PathLike[str]) -> list[Path]:
-        """Write the parts as numbered files (`01-01.txt`, `01-02.png`, `01-03.wav`, `01-04.mp4`) into the folder `path`."""
+        """Write the parts as numbered files (`01-01.txt`, `01-02.png`, `01-03.wav`, `01-04.mp4`) into the folder `path`. Raises
+        `ValueError` for parts that are none of these, before anything is written."""
         folder = Path(path)
         if folder.is_file():
             raise ValueError(f"{str(path)!r} is a file; documents are saved into a folder")
+        for part in (part for document in self.documents for part in document):
+            if not isinstance(part, str | Image.Image | Audio | Video):
+                raise ValueError(f"a part is a {type(part).__name__}, which has no file format here; save it by itself")
         folder.mkdir(parents=True, exist_ok=True)
         places = []
         for number, document in enumerate(self.documents, 1):
