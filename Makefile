@@ -17,7 +17,7 @@ export OMP_NUM_THREADS ?= 1
 OUT ?= demo
 ARGS ?=
 
-.PHONY: help setup setup-dev setup-bench demo app bench test lint format clean
+.PHONY: help setup setup-dev setup-bench demo app bench test lint format docs clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do \
@@ -56,8 +56,11 @@ format: $(STAMPS)/dev ## rewrite the files the way `make lint` wants them
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(STAMPS)/dev ## the documentation as a site, below site/; a warning is an error
+	$(BIN)/mkdocs build
+
 clean: ## remove caches and what `make demo` wrote; .venv stays
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage $(OUT)
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage site $(OUT)
 
 # A stamp is newer than what it depends on exactly when the environment is up to date; it is written last,
 # so an interrupted installation is taken up again by the next call.
@@ -75,7 +78,7 @@ $(STAMPS)/run: $(STAMPS)/venv pyproject.toml constraints.txt
 
 $(STAMPS)/dev: $(STAMPS)/venv pyproject.toml constraints.txt
 	@echo "Installing mm with the tools for tests (the first time about 3 GB)"
-	$(PIP) install -c constraints.txt -e ".[dev,video,speech,mesh]"
+	$(PIP) install -c constraints.txt -e ".[dev,docs,video,speech,mesh]"
 	@touch $@ $(STAMPS)/run
 
 $(STAMPS)/bench: $(STAMPS)/dev
