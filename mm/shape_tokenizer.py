@@ -11,6 +11,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,9 +21,10 @@ from torch import Tensor
 
 from mm.interfaces import Decoded, Encoded
 from mm.saved import FromSettings
-from mm.shape_views import DISTANCE, rays, views
+from mm.shape_views import DISTANCE, Views, checked_poses, rays, views
 from mm.shapes import Shape, as_shape
 from mm.trainable import Reconstruction, TrainableTokenizer
+from mm.volume import Field, between_cells, views_of
 from mm.voxels import TRUNCATION
 
 
@@ -35,6 +37,8 @@ class Lesson:
     ids: Int[Tensor, "B ..."]
     loss: Float[Tensor, ""]
     """The quantiser's own, already weighted."""
+    field: Field
+    """What came back at any points, for learning from pictures."""
 
 
 def solidity(shape: Shape) -> Float[Tensor, "N N N"]:
@@ -131,7 +135,24 @@ class ShapeTokenizer(FromSettings, TrainableTokenizer):
         """Encode, pass the quantiser and decode, with gradients; all cells are compared."""
         out: Reconstruction = self.reconstruct(x)
         assert out.ids is not None
-        return Lesson(out.output.flatten(1), target.flatten(1), out.ids, out.loss)
+        return Lesson(out.output.flatten(1), target.flatten(1), out.ids, out.loss, partial(between_cells, out.output))
+
+    def render(self, item: Any, poses: Any = None, size: int = 64, *, views: int = 6) -> Views:
+        """Pictures of what an item's ids stand for, by volume rendering: from `views` places all round, or from the given cameras
+        (`mm.shape_views`). Raises `ValueError` for numbers that are out of bounds."""
+        poses = checked_poses(views, size, poses)
+        training = self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                ids = self.repaired(item)[0].to(self._like().device)
+                return views_of(self.field_of(ids[None]), poses, size)
+        finally:
+            self.train(training)
+
+    def field_of(self, ids: Int[Tensor, "B ..."]) -> Field:
+        """Solidity at any points, of repaired ids of one size."""
+        return partial(between_cells, self.solidity_of(ids))
 
     def _like(self) -> Tensor:
         return self.last_layer()

@@ -57,8 +57,7 @@ def views(mesh: Trimesh, count: int = 6, size: int = 64, poses: Float[np.ndarray
 
     Raises `ValueError` for a count or a size that is out of bounds.
     """
-    _check(count if poses is None else len(poses), size)
-    poses = around(count) if poses is None else np.asarray(poses, np.float32)
+    poses = checked_poses(count, size, poses)
     drawn = [draw(mesh, pose, size) for pose in poses]
     return Views(np.stack([rgb for rgb, _ in drawn]), np.stack([depth for _, depth in drawn]), poses)
 
@@ -140,6 +139,12 @@ def _nearest(mesh: Trimesh, pose: Any, size: int) -> tuple[Any, Any, Any]:
         closer = depth < nearest[pixel]
         nearest[pixel[closer]], which[pixel[closer]] = depth[closer], face[closer]
     return nearest.reshape(size, size), which.reshape(size, size), np.minimum(shade, 1)
+
+
+def checked_poses(count: int, size: int, poses: Any = None) -> Float[np.ndarray, "V 4 4"]:
+    """Poses all round, or the given ones. Raises `ValueError` for a count or a size that is out of bounds."""
+    _check(count if poses is None else len(poses), size)
+    return around(count) if poses is None else np.asarray(poses, np.float32)
 
 
 def _check(count: int, size: int) -> None:

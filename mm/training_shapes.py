@@ -22,6 +22,7 @@ from mm.data.shape_batches import ShapeBatch
 from mm.optimization import optimizer_and_schedule
 from mm.reconstruction import count_codes, usage_and_perplexity
 from mm.shape_tokenizer import ShapeTokenizer
+from mm.volume import Rendering, pixels
 
 
 class ShapeTokenizerModule(L.LightningModule):
@@ -34,6 +35,8 @@ class ShapeTokenizerModule(L.LightningModule):
         bce: weight of the cross-entropy of what is inside. `positive`: weight of cells that are, against those that aren't.
         dice: weight of 1 − the overlap (Dice) of what is inside, of each shape by itself.
         sharpness: logits that solidity stands for in these two.
+        rendering: what is learned from pictures too, for which the data needs `views`; with distance, bce and dice 0, from these
+            alone.
         learning_rate, weight_decay, betas: of AdamW; matrices and kernels decay, vectors do not.
         warmup: steps of linear warm-up; then a cosine to `final_rate` times the rate at the last step.
         warm_start: how many training shapes the tokenizer's closed-form start is computed from; 0 = none.
@@ -49,6 +52,7 @@ class ShapeTokenizerModule(L.LightningModule):
         positive: float = 2.0,
         dice: float = 1.0,
         sharpness: float = 10.0,
+        rendering: Rendering | None = None,
         learning_rate: float = 1e-3,
         weight_decay: float = 1e-4,
         betas: tuple[float, float] = (0.9, 0.99),
@@ -59,12 +63,13 @@ class ShapeTokenizerModule(L.LightningModule):
     ) -> None:
         super().__init__()
         self.weights = dict(distance=distance, bce=bce, dice=dice)
-        if min(self.weights.values()) < 0 or max(self.weights.values()) == 0 or min(near, positive, sharpness) <= 0:
+        nothing = max(self.weights.values()) == 0 and rendering is None
+        if min(self.weights.values()) < 0 or nothing or min(near, positive, sharpness) <= 0:
             raise ValueError(
                 f"loss weights must not be negative, and one positive, got {self.weights}; near, positive and sharpness must be "
                 f"above 0, got {near}, {positive} and {sharpness}"
             )
-        self.tokenizer = tokenizer
+        self.tokenizer, self.rendering = tokenizer, rendering
         self.near, self.positive, self.sharpness = near, positive, sharpness
         self.learning_rate, self.weight_decay, self.betas = learning_rate, weight_decay, betas
         self.warmup, self.final_rate, self.warm_start, self.save_to = warmup, final_rate, warm_start, save_to
@@ -123,6 +128,14 @@ class ShapeTokenizerModule(L.LightningModule):
             )
         return batch.views
 
+    @staticmethod
+    def _pictures(batch: ShapeBatch) -> Tensor:
+        if batch.views is None:
+            raise ValueError(
+                "rendering learns from pictures, and the data gives none; set views of the data, such as [6, 64]"
+            )
+        return batch.views
+
     def losses(self, output: Float[Tensor, "B P"], target: Float[Tensor, "B P"]) -> dict[str, Tensor]:
         """The terms, not yet weighted."""
         output = output.float()
@@ -142,7 +155,12 @@ class ShapeTokenizerModule(L.LightningModule):
         out = self.tokenizer.learn(self._read(batch), batch.solidity)
         self._train_counts = count_codes(self._train_counts, out.ids, self.tokenizer)
         terms = self.losses(out.output, out.target)
-        loss = torch.stack([self.weights[name] * term for name, term in terms.items()]).sum() + out.loss.float()
+        weights = dict(self.weights)
+        if self.rendering is not None:
+            seen = self.rendering.losses(out.field, pixels(self._pictures(batch), self.rendering.rays))
+            terms |= seen
+            weights |= {name: getattr(self.rendering, name) for name in seen}
+        loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum() + out.loss.float()
         terms["bottleneck"] = out.loss
         count = len(batch.solidity)
         self.log_dict({f"train/{k}": v.detach() for k, v in terms.items()}, batch_size=count)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from mm.autoencoder import principal_axes
 from mm.vit import Attention, linear
+from mm.volume import between_cells
 
 PLANES = ((0, 1), (0, 2), (1, 2))
 """Axes that are the rows and the columns of each plane."""
@@ -177,10 +178,8 @@ class PlaneDecoder(nn.Module):
 
     def at_points(self, planes: Planes, points: Float[Tensor, "B Q 3"]) -> Float[Tensor, "B Q"]:
         """At any points of the unit cube: between the centres of cells, planes and columns are read linearly."""
-        # grid_sample counts the last axis first
-        where = points.flip(-1)[:, :, None, None].to(planes.coarse.dtype) * 2 - 1
         how: Any = dict(padding_mode="border", align_corners=False)
-        coarse = F.grid_sample(planes.coarse[:, None], where, **how)[:, 0, :, 0, 0]
+        coarse = between_cells(planes.coarse, points)
         total: Any = 0
         for plane, axes in enumerate(PLANES):
             where = points[..., [axes[1], axes[0]]][:, :, None].to(planes.features.dtype) * 2 - 1

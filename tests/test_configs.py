@@ -82,6 +82,7 @@ def test_tokenizer_configurations_parse(file: Path, capsys: pytest.CaptureFixtur
         "speech_timbre": "mm.training_voices.TimbreTraining",
         "speech_vae": "mm.training_speech.SpeechTokenizerModule",
         "triplane_msvq": "mm.training_shapes.ShapeTokenizerModule",
+        "triplane_views": "mm.training_shapes.ShapeTokenizerModule",
         "voxel_vq": "mm.training_shapes.ShapeTokenizerModule",
     }
     training = own.get(file.stem, "mm.training_tokenizer.TokenizerModule")

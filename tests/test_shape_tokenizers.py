@@ -27,6 +27,7 @@ from mm.tokenizers.triplane_msvq import TriplaneMSVQ
 from mm.tokenizers.voxel_vq import VoxelVQ
 from mm.training_shapes import ShapeTokenizerModule
 from mm.triplane import PLANES, Planes, columns, from_columns
+from mm.volume import Rendering
 from mm.voxel_autoencoder import from_blocks, to_blocks
 from mm.voxels import iou
 
@@ -302,20 +303,28 @@ def test_losses_by_hand() -> None:
     assert float(off["dice"]) == pytest.approx(float(dice))
     with pytest.raises(ValueError, match="loss weights must not be negative, and one positive"):
         ShapeTokenizerModule(made("voxel"), distance=0, bce=0, dice=0)
+    blind = ShapeTokenizerModule(made("voxel"), rendering=Rendering())
+    with pytest.raises(ValueError, match=r"the data gives none; set views of the data"):
+        blind._pictures(ShapeBatch(torch.zeros(1, 16, 16, 16), torch.zeros(1)))
 
 
-def test_fit_measures_and_saves(tmp_path: Path) -> None:
+@pytest.mark.parametrize("pictures", [False, True], ids=["cells", "pictures too"])
+def test_fit_measures_and_saves(pictures: bool, tmp_path: Path) -> None:
     source = ShapesSource(count=64, size=16, kinds=KINDS)
+    views = [2, 16] if pictures else [0, 0]
     data = ShapeDataModule(
-        source, ShapesSource(count=8, seed=1, size=16, kinds=KINDS), size=16, batch_size=4, held_out=6
+        source, ShapesSource(count=8, seed=1, size=16, kinds=KINDS), size=16, views=views, batch_size=4, held_out=6
     )
-    module = ShapeTokenizerModule(made("voxel"), warm_start=16, save_to=str(tmp_path / "saved"))
+    rendering = Rendering(rays=16, coarse=8, fine=4) if pictures else None
+    module = ShapeTokenizerModule(made("voxel"), rendering=rendering, warm_start=16, save_to=str(tmp_path / "saved"))
     trainer = L.Trainer(
         max_steps=3, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, num_sanity_val_steps=0, val_check_interval=3, default_root_dir=tmp_path,
     )  # fmt: skip
     trainer.fit(module, data)
     figures = trainer.callback_metrics
+    terms = {"train/alpha", "train/depth", "train/colour"}
+    assert terms <= set(figures) if pictures else terms.isdisjoint(figures)
     assert 0 < float(figures["val/iou"]) <= 1 and 0 < float(figures["val/usage"]) <= 1
     again = VoxelVQ.from_directory(tmp_path / "saved")
     overlap = []

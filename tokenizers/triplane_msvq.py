@@ -13,6 +13,7 @@ and the next, Q points.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from mm.shape_tokenizer import Lesson, ShapeTokenizer, pictures_of
 from mm.shapes import Shape
 from mm.trainable import Reconstruction
 from mm.triplane import GridPlanes, PlaneDecoder, Planes, ViewPlanes, begin_principal
+from mm.volume import Field
 from mm.voxel_autoencoder import SIDES
 
 QUANTIZER = ("codebook_size", "code_dim", "phis", "residual", "commitment", "decay", "dead_below", "normalize")
@@ -203,6 +205,9 @@ class TriplaneMSVQ(ShapeTokenizer):
     def solidity_of(self, ids: Int[Tensor, "B n"]) -> Float[Tensor, "B N N N"]:
         return self._whole(self.planes_of(ids))
 
+    def field_of(self, ids: Int[Tensor, "B n"]) -> Field:
+        return partial(self.decoder.at_points, self.planes_of(ids))
+
     def _whole(self, planes: Planes) -> Float[Tensor, "B N N N"]:
         """All cells, a few layers along x at a time."""
         every = torch.arange(self.size, device=planes.coarse.device)
@@ -224,7 +229,9 @@ class TriplaneMSVQ(ShapeTokenizer):
         kept = [torch.randperm(self.size, device=target.device)[: self.config["cells"]].sort().values for _ in range(3)]
         output = self.decoder.at_cells(planes, (kept[0], kept[1], kept[2]))
         truth = target[:, kept[0]][:, :, kept[1]][:, :, :, kept[2]]
-        return Lesson(output.flatten(1), truth.flatten(1), found.ids, found.loss)
+        return Lesson(
+            output.flatten(1), truth.flatten(1), found.ids, found.loss, partial(self.decoder.at_points, planes)
+        )
 
     def last_layer(self) -> Tensor:
         return self.decoder.last.weight
