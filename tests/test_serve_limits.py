@@ -379,9 +379,10 @@ def test_the_command_ends_when_it_is_told_to(tmp_path: Path) -> None:
     [
         (["--port", "70000"], "--port must be from 0 to 65535, got 70000"),
         (["--host", "256.1.1.1"], "can't listen on 256.1.1.1:8000"),
-        (["--port", "0", "--queue", "0"], "must be above 0, got 0"),
-        (["--port", "0", "--timeout", "0"], "must be above 0"),
         (["--port", "0", "--rows", "0"], "--rows must be at least 1, got 0"),
+        (["--port", "0", "--queue", "0"], "--queue must be a number above 0, got 0"),
+        (["--port", "0", "--timeout", "nan"], "--timeout must be a number above 0, got nan"),
+        (["--port", "0", "--max-mb", "inf"], "--max-mb must be a number above 0, got inf"),
         (["--port", "0", "--api-key", " "], "the API key must be printable"),
         (["--port", "0", "--model", "nowhere"], "nowhere"),
         (["--port", "0", "--model", "mm-tiny", "--model", "mm-tiny"], "two models are called 'mm-tiny'"),

@@ -95,7 +95,7 @@ def arguments(argv: list[str]) -> Namespace:
     )
     add("--temperature", type=float, metavar="T", help="0 = always the likeliest; default: the checkpoint's")
     add("--top-p", type=float, metavar="P", help="smallest set of tokens that has this probability")
-    add("--top-k", type=int, metavar="K", help="only the K likeliest tokens")
+    add("--top-k", type=int, metavar="K", help="only the K likeliest tokens; 0 = all")
     add("--max-tokens", type=int, metavar="N", help="of --to text: the longest one; default: 128")
     add("--device", default="cpu", help="cpu or cuda")
     add("--threads", type=int, metavar="N", help="CPU threads; default: 1 for small models, else torch's")
@@ -171,6 +171,10 @@ def check_given(args: Namespace) -> None:
     from mm.pipelines.outputs import PICTURES
     from mm.video_encoding import MAX_SCALE
 
+    for name in ("frames", "scales", "steps", "denoising_steps", "max_tokens"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{option} must be at least 1, got {value}; leave it out for the usual number")
     for name in ("voice", "duration", "stretch", "span"):
         if getattr(args, name) is not None and args.to != "speech":
             raise ValueError(f"--{name} goes with --to speech")

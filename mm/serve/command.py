@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import socket
 import sys
@@ -45,6 +46,9 @@ def arguments(argv: list[str]) -> Namespace:
 def main(argv: list[str]) -> int:
     """Returns the exit status; raises `ValueError` for what can't be done."""
     args = arguments(argv)
+    for name in ("queue", "timeout", "max_mb"):
+        if not 0 < (value := getattr(args, name)) < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} must be a number above 0, got {value:g}")
     listening = listen(args.host, args.port)  # before the seconds that loading takes
     with listening:
         from mm.serve.gate import Settings
