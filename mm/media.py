@@ -6,9 +6,10 @@ import io
 import os
 import re
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # Pillow is imported where it is used, so that `import mm` stays fast
+if TYPE_CHECKING:  # Pillow and NumPy are imported where they are used, so that `import mm` stays fast
+    import numpy as np
     from PIL import Image
 
 MAX_PIXELS = 1 << 26
@@ -28,23 +29,29 @@ ORIENTATION_TAG = 0x0112
 
 
 def load_image(
-    source: str | os.PathLike[str] | bytes | IO[bytes] | Image.Image,
+    source: str | os.PathLike[str] | bytes | IO[bytes] | Image.Image | np.ndarray[Any, Any],
     *,
     max_pixels: int = MAX_PIXELS,
     max_bytes: int = MAX_BYTES,
 ) -> Image.Image:
     """A picture as 8-bit RGB, upright, with transparency composited over white.
 
-    Takes a path, the bytes of a file, an open binary file or a PIL picture. Any size from 1×1 to `max_pixels`, with
-    sides up to `MAX_SIDE`; CMYK, palette, grey and 16-bit pictures are converted (16 bits keep their upper 8), of an
-    animation the first frame is taken, EXIF orientation is applied. Sizes are checked against the header before
-    anything is decoded; Pillow's own process-wide limit (`PIL.Image.MAX_IMAGE_PIXELS`) applies too and is left as it
-    is.
+    Takes a path, the bytes of a file, an open binary file, a PIL picture, or an array as `array_pixels`. Any size from
+    1×1 to `max_pixels`, with sides up to `MAX_SIDE`; CMYK, palette, grey and 16-bit pictures are converted (16 bits keep
+    their upper 8), of an animation the first frame is taken, EXIF orientation is applied. Sizes are checked against the
+    header before anything is decoded; Pillow's own process-wide limit (`PIL.Image.MAX_IMAGE_PIXELS`) applies too and is
+    left as it is.
 
     Raises `ValueError`, one sentence, for a file that is missing, too large, truncated or not a picture.
     """
+    import numpy as np
     from PIL import Image, UnidentifiedImageError
 
+    if isinstance(source, np.ndarray):
+        if source.ndim in (2, 3):  # others are refused by their shape
+            _check_size("the picture", (source.shape[1], source.shape[0]), max_pixels)
+        values = array_pixels(source, "an array of a picture")
+        source = Image.fromarray(values[..., 0] if values.shape[2] == 1 else values)
     if isinstance(source, Image.Image):
         name = "the picture"
         _check_size(name, source.size, max_pixels)
@@ -70,6 +77,25 @@ def load_image(
         return _to_rgb(picture, name)
 
 
+def array_pixels(values: np.ndarray[Any, Any], name: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """A picture in an array as uint8 [H, W, C]: of [H, W], or [H, W, C] with C = 1 (grey), 3 (red, green, blue) or 4 (and
+    alpha); whole numbers of 8 bits, truth values, or floating-point numbers from 0 to 1.
+
+    Raises `ValueError` that begins with `name` for another shape, type or range.
+    """
+    import numpy as np
+
+    if values.ndim not in (2, 3) or (values.ndim == 3 and values.shape[2] not in (1, 3, 4)):
+        raise ValueError(f"{name} has the shape [H, W], [H, W, 1], [H, W, 3] or [H, W, 4], got {list(values.shape)}")
+    if values.dtype != np.uint8 and values.dtype.kind not in "fb":
+        raise ValueError(f"{name} holds uint8, bool, or floating-point numbers from 0 to 1, got {values.dtype}")
+    if values.dtype.kind == "f" and not ((values >= 0) & (values <= 1)).all():  # NaN isn't
+        raise ValueError(f"{name} holds floating-point numbers beyond 0 to 1; scale them, or give uint8")
+    if values.dtype != np.uint8:
+        values = (values * np.float32(255)).round().astype(np.uint8)
+    return np.ascontiguousarray(values.reshape(*values.shape[:2], -1))
+
+
 def _read(source: str | os.PathLike[str] | bytes | IO[bytes], max_bytes: int) -> tuple[str, bytes]:
     """What to call the picture in a message, and its bytes."""
     if isinstance(source, bytes | bytearray | memoryview):
@@ -79,6 +105,7 @@ def _read(source: str | os.PathLike[str] | bytes | IO[bytes], max_bytes: int) ->
         name = f"the picture {str(path)!r}"
         if not os.path.isfile(path):
             problem = "not a file" if os.path.exists(path) else "missing"  # of names that are too long too
+            problem = "a folder, not a file" if os.path.isdir(path) else problem
             raise ValueError(f"{name} is {problem}; give the path of a picture file")
         try:
             with path.open("rb") as file:
@@ -91,7 +118,7 @@ def _read(source: str | os.PathLike[str] | bytes | IO[bytes], max_bytes: int) ->
             raise ValueError("the picture comes from a file opened as text; open it in binary mode ('rb')")
     else:
         raise ValueError(
-            f"got a {type(source).__name__} for a picture; give a path, bytes, a binary file or a PIL picture"
+            f"got a {type(source).__name__} for a picture; give a path, bytes, a binary file, a PIL picture or an array"
         )
     if not data:
         raise ValueError(f"{name} is an empty file")

@@ -18,7 +18,7 @@ import numpy as np
 
 from mm import safe_io, video_encoding, video_files
 from mm.media import EXTENSIONS as PICTURES
-from mm.media import load_image
+from mm.media import array_pixels, load_image
 from mm.video_encoding import Frames
 from mm.video_files import DEFAULT_DURATION, MAX_DECODED, Clip, Frame, Limits, has_av, source_name
 
@@ -106,10 +106,10 @@ def load_video(
     """A whole video as upright 8-bit RGB, transparency composited over white.
 
     Takes a path (a video, an animation, a picture, or a folder of pictures in the order of their names), the bytes of a
-    file, an open binary file, a `Video`, an array (uint8 [T, H, W, 3], also grey [T, H, W] or with alpha), or a list of
-    frames (PIL pictures, arrays, paths). Sizes, frames and seconds are checked against the header before anything is
-    decoded, and again while it is. A file that ends early is refused. A file whose frames last differently long gets a
-    constant rate that keeps their times.
+    file, an open binary file, a `Video`, an array ([T, H, W, 3], also grey [T, H, W] or with alpha; uint8, or from 0 to 1
+    as `mm.media.array_pixels`), or a list of frames (PIL pictures, arrays, paths). Sizes, frames and seconds are checked
+    against the header before anything is decoded, and again while it is. A file that ends early is refused. A file whose
+    frames last differently long gets a constant rate that keeps their times.
 
     Args:
         max_frames: most frames (of those that are kept, if `fps` is given).
@@ -189,14 +189,12 @@ def _frame(item: Any, limits: Limits) -> Frame:
     """One frame of a list."""
     if isinstance(item, str | os.PathLike | bytes) or hasattr(item, "convert"):
         return np.asarray(load_image(item, max_pixels=limits.pixels, max_bytes=limits.bytes))
-    frame = np.asarray(item)
-    if frame.dtype != np.uint8 or frame.ndim not in (2, 3) or (frame.ndim == 3 and frame.shape[2] not in (1, 3, 4)):
-        raise ValueError(
-            f"a frame is uint8 of the shape [H, W, 3], [H, W], [H, W, 1] or [H, W, 4], got {frame.dtype} {list(frame.shape)}"
-        )
-    limits.check_frame("it", frame.shape[1], frame.shape[0])
-    if frame.ndim == 2 or frame.shape[2] == 1:
-        frame = np.repeat(frame.reshape(*frame.shape[:2], 1), 3, axis=2)
+    values = np.asarray(item)
+    if values.ndim in (2, 3):  # others are refused by their shape
+        limits.check_frame("it", values.shape[1], values.shape[0])
+    frame = array_pixels(values, "a frame")
+    if frame.shape[2] == 1:
+        frame = np.repeat(frame, 3, axis=2)
     return video_files.over_white(frame) if frame.shape[2] == 4 else frame
 
 

@@ -64,6 +64,19 @@ def test_every_kind_of_input_gives_the_same_picture(tmp_path: Path) -> None:
         assert load_image(source).tobytes() == expected
 
 
+def test_arrays() -> None:
+    """Whole numbers of 8 bits, numbers from 0 to 1, truth values; grey, colours, and transparency over white."""
+    wanted = gradient()
+    pixels = np.asarray(wanted)
+    for given in (pixels, pixels[::-1][::-1], pixels / 255, (pixels / 255).astype(np.float32)):
+        assert load_image(given).tobytes() == wanted.tobytes()
+    grey = pixels[..., 0]
+    for given in (grey, grey[..., None], grey / 255):
+        assert np.array_equal(np.asarray(load_image(given)), grey[..., None].repeat(3, 2))
+    assert np.array_equal(np.asarray(load_image(grey > 100))[..., 0], (grey > 100) * 255)
+    assert (np.asarray(load_image(np.dstack((pixels, np.zeros_like(grey))))) == 255).all()
+
+
 def test_a_pil_picture_is_copied() -> None:
     picture = gradient()
     load_image(picture).putpixel((0, 0), (9, 9, 9))
@@ -197,6 +210,14 @@ def test_random_damage_never_escapes_as_another_error() -> None:
         (b"just some text", "damaged or not a picture"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "damaged or not a picture"),
         (7, "got a int for a picture"),
+        (np.zeros(4, np.uint8), r"has the shape \[H, W\], .*, got \[4\]"),
+        (np.zeros((2, 4, 4, 3), np.uint8), r"got \[2, 4, 4, 3\]"),
+        (np.zeros((4, 4, 2), np.uint8), r"got \[4, 4, 2\]"),
+        (np.zeros((0, 4, 3), np.uint8), "4×0, so it has no pixels"),
+        (np.zeros((4, 4, 3), np.int64), "holds uint8, bool, or floating-point numbers from 0 to 1, got int64"),
+        (np.full((4, 4, 3), 1.01), "floating-point numbers beyond 0 to 1; scale them"),
+        (np.full((4, 4, 3), np.nan), "floating-point numbers beyond 0 to 1; scale them"),
+        (np.zeros((2, 70_000), np.uint8), "sides of at most 65,535"),
         (io.StringIO("text"), "open it in binary mode"),
     ],
 )

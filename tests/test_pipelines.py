@@ -268,7 +268,7 @@ def test_wrong_types_are_refused(wrong: dict[str, Any], message: str) -> None:
     [
         (
             {"image": None},
-            "got a NoneType for a picture or clip; give a path, bytes, a binary file, a PIL picture, mm.Video, or a list",
+            "got a NoneType for a picture or clip; give a path, .*, a PIL picture, mm.Video, an array, or a list of them",
         ),
         ({"image": 3}, "got a int for a picture"),
         ({"image": [None]}, "got a NoneType for a picture"),

@@ -59,12 +59,20 @@ def test_arrays_and_lists_of_frames() -> None:
     assert (load_video(clear).frames == 255).all()
     given = load_video([Image.fromarray(frame) for frame in frames])
     assert np.array_equal(given.frames, frames)
+    assert np.array_equal(load_video(frames.astype(np.float32) / 255).frames, frames)
     with pytest.raises(ValueError, match="frame 2 is 30×24, but those before it are 32×24"):
         load_video([frames[0], frames[0][:, :30]])
     assert load_video([frames[0], frames[0][:, :30]], size=8).frames.shape == (2, 8, 8, 3)
     with pytest.raises(ValueError, match="has no frames"):
         load_video([])
-    for wrong in (np.zeros((2, 4, 4, 3)), np.zeros((2, 4, 4, 2), np.uint8), np.zeros(3, np.uint8), [1, 2], {"a": 1}):
+    for wrong in (
+        np.full((2, 4, 4, 3), -1.0),
+        np.zeros((2, 4, 4, 3), int),
+        np.zeros((2, 4, 4, 2), np.uint8),
+        np.zeros(3, np.uint8),
+        [1, 2],
+        {"a": 1},
+    ):
         with pytest.raises(ValueError, match=r"(frame|array|got)"):
             load_video(wrong)  # type: ignore[arg-type]
 

@@ -110,11 +110,17 @@ def videos(pipeline: Pipeline, args: Namespace, progress: Any) -> Any:
     from mm.pipelines.text_to_video import TextToVideoPipeline
 
     given: dict[str, Any] = {}
+    filmer = TextToVideoPipeline(pipeline.model, pipeline.recommended)
     if args.given:
         ending = Path(args.given[0]).suffix.lower()
-        moves = ending == ".gif" or (ending in CLIPS and ending not in PICTURES)
+        moves = ending == ".gif" or (ending in CLIPS and ending not in PICTURES) or Path(args.given[0]).is_dir()
         given = {"video" if moves else "image": args.given[0]}
-    filmer = TextToVideoPipeline(pipeline.model, pipeline.recommended)
+        if moves:
+            clip = filmer.load_video(args.given[0])
+            given["video"] = filmer.ending(clip, args.frames)
+            if (kept := len(given["video"])) < len(clip):
+                whole = f"{args.given[0]} has {len(clip):,} frames at {clip.fps:g} a second"
+                print(f"{whole}, more than can be gone on from: its last {kept} are given", file=sys.stderr)
     return filmer(
         args.prompt if args.prompt.strip() else None,
         num_videos=args.num,

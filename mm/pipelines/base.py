@@ -30,8 +30,8 @@ from mm.video import Video, VideoSource, load_video
 
 P = TypeVar("P", bound="Pipeline")
 Callback = Callable[[Event], None]
-Picture = str | os.PathLike[str] | bytes | IO[bytes] | Image.Image
-"""A path, the bytes of a file, an open binary file, or a PIL picture."""
+Picture = str | os.PathLike[str] | bytes | IO[bytes] | Image.Image | np.ndarray[Any, Any]
+"""A path, the bytes of a file, an open binary file, a PIL picture, or an array (`mm.media.array_pixels`)."""
 SOUND_SECONDS = 600.0
 """Seconds of given sounds at which no more are loaded before these are encoded."""
 AT_ONCE = 1 << 24
@@ -240,10 +240,12 @@ class Pipeline:
         """Whether something seen is to be taken for a clip, not for a picture. An animation is a picture for a model of both."""
         if isinstance(source, Image.Image):
             return False
-        if isinstance(source, Video | np.ndarray):
+        if isinstance(source, np.ndarray):  # grey frames have another extent where a picture has its colours
+            return source.ndim > 2 and not (source.ndim == 3 and source.shape[2] in (1, 3, 4))
+        if isinstance(source, Video):
             return True
         if {"picture", "video"} <= self.media and isinstance(source, str | os.PathLike):
-            return Path(source).suffix.lower() in CLIPS - ANIMATED
+            return Path(source).suffix.lower() in CLIPS - ANIMATED or os.path.isdir(source)
         return "video" in self.media and "picture" not in self.media
 
     def load_video(self, source: VideoSource) -> Video:

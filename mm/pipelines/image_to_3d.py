@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Any, Unpack
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -34,7 +35,7 @@ class ImageTo3DPipeline(ShapeMaker):
         """Shapes for one picture or several; what is behind is made up.
 
         Args:
-            image: paths, bytes of files, open binary files, or PIL pictures.
+            image: paths, bytes of files, open binary files, PIL pictures, or arrays (`mm.media.array_pixels`).
             num_meshes: shapes a picture.
             scales, seed, generator, callback, constrained, sampling: as for `TextTo3DPipeline`.
 
@@ -42,8 +43,8 @@ class ImageTo3DPipeline(ShapeMaker):
             ValueError: a picture that can't be loaded, or a model that has no pictures or makes no shapes.
         """
         seed = choose_seed(seed, generator)
-        one: tuple[Any, ...] = (str, os.PathLike, bytes, bytearray, memoryview, Image.Image)
-        images = several(image, one, "a picture; give a path, bytes, a binary file, a PIL picture")
+        one: tuple[Any, ...] = (str, os.PathLike, bytes, bytearray, memoryview, Image.Image, np.ndarray)
+        images = several(image, one, "a picture; give a path, bytes, a binary file, a PIL picture, an array")
         num_meshes = check_count("num_meshes", num_meshes, len(images))
         grid = self.grid(scales)
         tokens = self.generate(

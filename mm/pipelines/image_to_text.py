@@ -39,8 +39,9 @@ class ImageToTextPipeline(Pipeline):
         """Texts for one picture or clip or several. By default the likeliest token each time (temperature 0).
 
         Args:
-            image: paths, bytes of files, open binary files, PIL pictures, `mm.Video`, or arrays of frames (uint8 [T, H, W, 3]).
-                A model of both takes files for clips if their ending says so.
+            image: paths, bytes of files, open binary files, PIL pictures, `mm.Video`, or arrays: of a picture
+                (`mm.media.array_pixels`), or of frames ([T, H, W, 3]). A model of both takes files for clips if their ending
+                says so, and folders of pictures.
             prompt: how the text begins; it is not repeated in the output.
             num_texts: texts for each; more than one need a temperature above 0.
             max_tokens: the longest text, in tokens.
@@ -52,7 +53,9 @@ class ImageToTextPipeline(Pipeline):
         """
         seed = choose_seed(seed, generator)
         one = (str, os.PathLike, bytes, bytearray, memoryview, Image.Image, Video, np.ndarray)
-        images = several(image, one, "a picture or clip; give a path, bytes, a binary file, a PIL picture, mm.Video")
+        images = several(
+            image, one, "a picture or clip; give a path, bytes, a binary file, a PIL picture, mm.Video, an array"
+        )
         num_texts = check_count("num_texts", num_texts, len(images))
         chosen = self.sampling(self.text, sampling, Sampling(temperature=0.0))
         if num_texts > 1 and chosen.temperature == 0:

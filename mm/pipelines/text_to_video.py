@@ -64,7 +64,7 @@ class TextToVideoPipeline(Pipeline):
                 where its order has a window (`mm.orders.blocks`), up to 100,000 frames in one call.
             image: the first frame of all clips.
             video: a clip that all go on from, in the place of `image`: at the model's frames a second and size, without its
-                first few frames where the model's steps in time don't begin with it.
+                first few frames where the model's steps in time don't begin with it. `ending` cuts one that is too long.
             seed: the n-th clip of a prompt depends on the seed alone, not on the other prompts.
             generator: where the seed is drawn from, if none is given.
             callback: called with `mm.generation.Event` after every step of every row.
@@ -140,6 +140,18 @@ class TextToVideoPipeline(Pipeline):
             return encoded
         kept = encoded.content[encoded.content != spec.stop]
         return self.wrap(self.video, kept, (len(kept),))
+
+    def ending(self, video: VideoSource, num_frames: int | None = None) -> Video:
+        """A clip at the model's frames a second as `video` of a call for `num_frames`: whole, or, where the model can't read that
+        much or nothing would be left to make, its end: as much as the model reads, and no more than half of what comes out."""
+        spec, clip = self.tokenizer(self.video).spec, self.load_video(video)
+        grid = self.grid(num_frames)
+        if grid is None:
+            return clip
+        most, steps = int(most_frames(spec)), grid[0]
+        if len(clip) <= most and (len(clip) - 1) // spec.frame_stride < steps - 1:
+            return clip
+        return Video(clip.frames[-min(most, 1 + (steps - 1) // 2 * spec.frame_stride) :], clip.fps)
 
     def grid(self, num_frames: int | None = None, given: Encoded | None = None, clips: int = 1) -> Grid | None:
         """Extents of an item of at least so many frames: steps in time, rows and columns of elements; None where the model says
