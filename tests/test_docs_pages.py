@@ -149,12 +149,15 @@ def test_every_picture_is_shown() -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
 def test_configurations_of_commands_exist(page: Path) -> None:
-    text = commands(page).replace("\\\n", " ")
-    for line in re.findall(r"^mm (?:fit|validate|test) .*", text, re.M):
+    if page.parent.name == "tutorials":
+        pytest.skip(
+            "configurations of tutorials are written on the way; these pages are executed by tests of their own"
+        )
+    for line in re.findall(r"^mm (?:fit|validate|test) .*", commands(page).replace("\\\n", " "), re.M):
         named = re.findall(r"(?:^|\s)(?:-c|--config)[ =](\S+)", line)
         assert named, line
         for name in named:
-            if not (name.isupper() or "{" in name or (page.parent / "tutorials") in page.parents):
+            if not name.isupper():  # -c SYSTEM
                 find(name)
 
 
