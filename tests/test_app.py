@@ -394,6 +394,16 @@ def test_fields_begin_with_what_the_checkpoint_recommends(painter: TextToImagePi
     assert steps.visible and steps.value == 3
 
 
+def test_stop_ends_whatever_its_tab_started(every: Shelf) -> None:
+    config = demo.build(every).config
+    events = {event["id"]: event for event in config["dependencies"]}
+    ended = [set(event["cancels"]) for event in events.values() if event["cancels"]]
+    assert len(ended) == sum(one["props"].get("value") == "Stop" for one in config["components"]) == 6
+    assert sorted(map(len, ended)) == [1, 1, 2, 2, 2, 2], "the button and the prompt; and the examples"
+    names = {events[number]["api_name"] for one in ended for number in one} - {None, False}
+    assert {"draw", "speak", "film", "build", "chat", "compare"} <= names
+
+
 def test_every_control_has_a_label(every: Shelf) -> None:
     app: Any = demo.build(every)
     inputs = ("Textbox", "Slider", "Dropdown", "Checkbox", "Radio", "Image", "Audio", "Video", "MultimodalTextbox")

@@ -64,6 +64,7 @@ def tab(shelf: Shelf) -> None:
             [AUTOMATIC, TEXT, *(ANSWERS[medium] for medium in made)], value=AUTOMATIC, label="Answer with"
         )
         whole = gr.Checkbox(False, label="Earlier messages count too", info="for models trained on conversations")
+        stop = gr.Button("Stop", scale=0, min_width=80)
     run: dict[str, Any] = {
         "fn": lambda *values: (yield from reply(shelf, *values)),
         "inputs": [message, talk, wanted, whole],
@@ -71,7 +72,8 @@ def tab(shelf: Shelf) -> None:
         "show_progress": "hidden",
         **common.TURN,
     }
-    message.submit(api_name="chat", **run)
+    running = message.submit(api_name="chat", **run)
+    stop.click(None, cancels=[running], api_visibility="private")
     chat.clear(Talk, None, talk, api_visibility="private")
     gr.Examples([[{"text": text, "files": []}] for text in EXAMPLES], message, label="For example")
 

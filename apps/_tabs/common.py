@@ -92,12 +92,28 @@ def sampling(guidance: float, temperature: float, top_p: float, steps: int) -> d
     return {"guidance": guidance, "temperature": temperature, "top_p": top_p, "steps": steps}
 
 
-def examples(texts: Iterable[str], prompt: Component, run: dict[str, Any], label: str = "For example") -> None:
-    """Prompts that run when they are chosen. `run`: what the tab's button does, as keywords of an event."""
+def buttons(label: str) -> tuple[Any, Any]:
+    """One that starts, and one that stops what was started."""
     import gradio as gr
 
-    shown = gr.Examples([[text] for text in texts], prompt, label=label, cache_examples=False)
-    shown.load_input_event.then(**(run | {"api_name": None, "api_visibility": "private"}))
+    with gr.Row():
+        start = gr.Button(label, variant="primary", scale=3, min_width=140)
+        stop = gr.Button("Stop", scale=1, min_width=80)
+    return start, stop
+
+
+def starts(
+    start: Any, stop: Any, prompt: Any, run: dict[str, Any], name: str, texts: Iterable[str], place: Any
+) -> None:
+    """The button, or Enter in the prompt, starts; so does an example, when it is chosen; Stop ends any of them, and what has come
+    stays. `run`: keywords of the event; `name`: of the endpoint; `place`: where the examples `texts` are shown."""
+    import gradio as gr
+
+    running = [gr.on([start.click, prompt.submit], api_name=name, **run)]
+    with place:
+        shown = gr.Examples([[text] for text in texts], prompt, label="For example", cache_examples=False)
+    running.append(shown.load_input_event.then(**(run | {"api_name": None, "api_visibility": "private"})))
+    stop.click(None, cancels=running, api_visibility="private")
 
 
 def cannot(what: str, instead: str = "") -> None:

@@ -37,12 +37,12 @@ def tab(shelf: Shelf) -> None:
         prompt = gr.Textbox(label="Prompt", placeholder=EXAMPLES[first], max_lines=3, scale=3, min_width=260)
         kind = gr.Dropdown([(KINDS[m], m) for m in kinds], value=first, label="Makes", scale=1, min_width=120)
         seed = gr.Textbox("", label="Seed of both", placeholder="random", max_lines=1, scale=1, min_width=120)
-    start = gr.Button("Compare", variant="primary")
+    start, stop = common.buttons("Compare")
     with gr.Row():
         sides = [side(shelf, number, first) for number in (0, 1)]
     models, outputs = [controls[0] for controls, _ in sides], [one for _, shown in sides for one in shown]
     kind.input(lambda medium: switched(shelf, medium), kind, [prompt, *models, *outputs], api_visibility="private")
-    gr.on(
+    running = gr.on(
         [start.click, prompt.submit],
         lambda *values: (yield from compare(shelf, *values)),
         [prompt, kind, seed, *(one for controls, _ in sides for one in controls)],
@@ -51,6 +51,7 @@ def tab(shelf: Shelf) -> None:
         show_progress="minimal",
         **common.TURN,
     )
+    stop.click(None, cancels=[running], api_visibility="private")
 
 
 def side(shelf: Shelf, number: int, first: str) -> tuple[list[Component], list[Component]]:

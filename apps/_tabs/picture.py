@@ -31,7 +31,7 @@ def tab(shelf: Shelf) -> None:
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
             prompt = gr.Textbox(label="Prompt", placeholder=EXAMPLES[0], max_lines=3, autofocus=True)
-            start = gr.Button("Draw", variant="primary")
+            start, stop = common.buttons("Draw")
             count = gr.Slider(1, MOST, 4, label="Pictures", **common.WHOLE)
             controls = common.settings(known, known.modalities["picture"])
             shown = gr.Column()
@@ -48,9 +48,7 @@ def tab(shelf: Shelf) -> None:
         "show_progress": "minimal",
         **common.TURN,
     }
-    gr.on([start.click, prompt.submit], api_name="draw", **run)
-    with shown:
-        common.examples(EXAMPLES, prompt, run)
+    common.starts(start, stop, prompt, run, "draw", EXAMPLES, shown)
 
 
 def draw(

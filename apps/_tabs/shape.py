@@ -29,7 +29,7 @@ def tab(shelf: Shelf) -> None:
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
             prompt = gr.Textbox(label="Prompt", placeholder=EXAMPLES[0], max_lines=3)
-            start = gr.Button("Build", variant="primary")
+            start, stop = common.buttons("Build")
             controls = common.settings(known, known.modalities["shape"])
             shown = gr.Column()
         with gr.Column(scale=3, min_width=300):
@@ -42,9 +42,7 @@ def tab(shelf: Shelf) -> None:
         "show_progress": "minimal",
         **common.TURN,
     }
-    gr.on([start.click, prompt.submit], api_name="build", **run)
-    with shown:
-        common.examples(EXAMPLES, prompt, run)
+    common.starts(start, stop, prompt, run, "build", EXAMPLES, shown)
 
 
 def build(builder: Any, shelf: Shelf, prompt: str, seed: str, *options: Any) -> Iterator[tuple[Any, str]]:

@@ -38,7 +38,7 @@ def tab(shelf: Shelf) -> None:
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
             text = gr.Textbox(label="Text", placeholder=EXAMPLES[0], max_lines=4)
-            start = gr.Button("Speak", variant="primary")
+            start, stop = common.buttons("Speak")
             voice = gr.Dropdown(list(known.voices), label="Voice", visible=bool(known.voices))
             recording = common.as_path(
                 gr.Audio(label="Voice of a recording", sources=["upload", "microphone"], visible=not known.voices)
@@ -69,9 +69,7 @@ def tab(shelf: Shelf) -> None:
         "show_progress": "minimal",
         **common.TURN,
     }
-    gr.on([start.click, text.submit], api_name="speak", **run)
-    with shown:
-        common.examples(EXAMPLES, text, run)
+    common.starts(start, stop, text, run, "speak", EXAMPLES, shown)
 
 
 def speak(

@@ -36,7 +36,7 @@ def tab(shelf: Shelf) -> None:
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
             prompt = gr.Textbox(label="Prompt", placeholder=EXAMPLES[0], max_lines=3)
-            start = gr.Button("Film", variant="primary")
+            start, stop = common.buttons("Film")
             frames = gr.Slider(2, most, max(2, known.frames), label="Frames", visible=known.frames > 1, **common.WHOLE)
             with gr.Accordion("Begin with a picture", open=False):
                 begin = common.as_path(
@@ -70,9 +70,7 @@ def tab(shelf: Shelf) -> None:
         "show_progress": "minimal",
         **common.TURN,
     }
-    gr.on([start.click, prompt.submit], api_name="film", **run)
-    with shown:
-        common.examples(EXAMPLES, prompt, run)
+    common.starts(start, stop, prompt, run, "film", EXAMPLES, shown)
 
 
 def film(
