@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from mm.commands import train
-from mm.commands.train import SHIPPED, check_readable, contents, differing, expand, find, main, sentence
+from mm.commands.train import SHIPPED, check_readable, contents, differing, expand, find, main, replaced, sentence
 
 PALETTE = [
     "--model.init_args.modalities.tokenizer=mm.testing.Palette",
@@ -81,6 +81,31 @@ def test_a_run_leaves_logs_checkpoints_and_a_model_and_goes_on(here: Path, tmp_p
     rows = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
     assert rows and all(row["image"]["positions"] >= 16 and row["image"]["loss"] > 0 for row in rows)
     assert not list(run.glob("*.tmp"))
+
+
+def test_lists_of_objects_are_replaced_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The parser alone would merge entries of lists of one length: base.yaml's format for captions of emoji, and the weight of
+    its digits, into data that lack them."""
+    own = {"source": {"class_path": "mm.data.sources.FolderSource", "init_args": {"path": "a"}}}
+    own["template"] = {"class_path": "mm.data.documents.TextToImage"}
+    file = tmp_path / "own.yaml"
+    file.write_text(yaml.safe_dump({"data": {"init_args": {"train": [own, own], "validation": [own]}}}))
+    with pytest.raises(SystemExit):
+        main(["fit", "-c", "base.yaml", "-c", "modalities/text.yaml", "-c", str(file), "--print_config"])
+    data = yaml.safe_load(capsys.readouterr().out)["data"]["init_args"]
+    assert [part["source"]["init_args"]["path"] for part in data["train"]] == ["a", "a"]
+    for part in [*data["train"], *data["validation"]]:
+        assert part["source"]["init_args"].get("caption") is None and part["weight"] == 1.0
+
+
+def test_what_is_emptied_before_a_file() -> None:
+    known: dict[tuple[str, ...], int] = {}
+    first = {"a": {"parts": [{"x": 1}, {"x": 2}], "names": ["p", "q"]}, "more": [{"x": 1}]}
+    assert replaced(first, known) == {}
+    assert replaced({"a": {"parts": [{"x": 3}, {"y": 4}], "names": ["r", "s"]}}, known) == {"a": {"parts": []}}
+    assert replaced({"a": {"parts": [{"x": 3}]}}, known) == {}, "of another length nothing is merged"
+    assert replaced({"more+": [{"y": 2}]}, known) == {}, "what is appended replaces nothing"
+    assert replaced({"more": [{"x": 1}, {"x": 2}]}, known) == {"more": []}
 
 
 def test_two_ranks_validate_draw_samples_and_go_on(here: Path, tmp_path: Path) -> None:

@@ -201,7 +201,10 @@ def sentence(text: str) -> str:
 
 def expand(argv: list[str]) -> list[str]:
     """The arguments with each `-c FILE` replaced by the contents of the files it extends and its own."""
+    import yaml
+
     out: list[str] = []
+    lists: dict[tuple[str, ...], int] = {}
     rest = iter(argv)
     for argument in rest:
         name, equals, value = argument.partition("=")
@@ -212,7 +215,29 @@ def expand(argv: list[str]) -> list[str]:
         if not file:
             raise ValueError(f"{name} needs the path of a configuration")
         for text in contents(find(file), []):
+            if empty := replaced(yaml.safe_load(text), lists):
+                out += ["--config", yaml.safe_dump(empty)]
             out += ["--config", text]
+    return out
+
+
+def replaced(value: Mapping[str, Any], known: dict[tuple[str, ...], int], path: tuple[str, ...] = ()) -> dict[str, Any]:
+    """What to empty before a file is read, so that its lists of objects replace those of earlier files: entries of two lists of
+    one length the parser would merge, and what a file doesn't say of its data would be what another said of other data. `known`,
+    the lengths of such lists so far, is brought up to date."""
+    out: dict[str, Any] = {}
+    for key, inner in value.items():
+        place = (*path, str(key).removesuffix("+"))
+        if isinstance(inner, dict):
+            if below := replaced(inner, known, place):
+                out[key] = below
+        elif isinstance(inner, list):
+            count = len(inner)
+            if str(key).endswith("+"):
+                count += known.get(place, 0)
+            elif count == known.get(place) and any(isinstance(entry, dict) for entry in inner):
+                out[key] = []
+            known[place] = count
     return out
 
 
