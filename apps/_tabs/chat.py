@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mm.apps._live import live, toasts
-from mm.apps._tabs import common
+from mm.apps._tabs import common, shape
 from mm.apps._tabs.video import written
 
 if TYPE_CHECKING:
@@ -126,6 +126,7 @@ def bubble(shelf: Shelf, part: Any) -> Any:
     import gradio as gr
 
     from mm.audio import Audio
+    from mm.shapes import Shape
     from mm.video import Video
 
     if isinstance(part, str):
@@ -134,6 +135,8 @@ def bubble(shelf: Shelf, part: Any) -> Any:
         return gr.Audio(common.pcm(part), show_label=False, buttons=["download"], container=False)
     if isinstance(part, Video):
         return gr.Video(written(shelf, part.frames, part.fps), show_label=False, autoplay=True, loop=True, buttons=[])
+    if isinstance(part, Shape):
+        return gr.Model3D(shape.written(shelf, part.mesh), show_label=False, height=300)
     return gr.Image(part, format="png", show_label=False, buttons=["download"], container=False)
 
 

@@ -1,11 +1,11 @@
-"""Text, pictures, sound and video in, the same out, in any order that the model was trained for."""
+"""Text, pictures, sound, video and shapes in, the same out, in any order that the model was trained for."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,22 +15,31 @@ from mm.audio import Audio
 from mm.generation import Grid, Request
 from mm.interfaces import Encoded, Sampling
 from mm.layout import Segment
-from mm.pipelines.base import Callback, Pipeline, check_count, choose_seed, several
-from mm.pipelines.media import CLIPS, SOUNDS, Medium
+from mm.pipelines.base import Callback, check_count, choose_seed, several
+from mm.pipelines.media import CLIPS, SHAPES, SOUNDS, Medium
 from mm.pipelines.outputs import AnyOutput
+from mm.pipelines.shape_to_text import ShapeReader
+from mm.shapes import Shape
 from mm.video import Frames, Video
 
-Part = str | os.PathLike[str] | bytes | IO[bytes] | Image.Image | Audio | Video | Frames | Segment
-"""A text (str); a picture: the path of a file as `pathlib.Path`, its bytes, an open binary file, or a PIL picture; a sound:
-the path of a file whose ending says so, or `mm.Audio`; a clip: the path of a file whose ending says so, `mm.video.Video`, or an
-array of frames. Bytes and open files are what the model has: pictures, else sounds, else clips. Raw data of any other modality:
-`mm.layout.Segment(name, data)`."""
-MEDIA: tuple[Medium, ...] = ("picture", "sound", "video")
+if TYPE_CHECKING:  # imported where it is used, so that `import mm` stays fast
+    from trimesh import Scene, Trimesh
+
+    Mesh = Trimesh | Scene
+else:
+    Mesh = Any
+Part = str | os.PathLike[str] | bytes | IO[bytes] | Image.Image | Audio | Video | Frames | Shape | Mesh | Segment
+"""A text (str); a picture: the path of a file as `pathlib.Path`, its bytes, an open binary file, a PIL picture, or an array; a
+sound: the path of a file whose ending says so, or `mm.Audio`; a clip: the path of a file whose ending says so, or of a folder of
+pictures, `mm.video.Video`, or an array of frames; a shape: the path of a file whose ending says so, `mm.shapes.Shape`, or a
+mesh of `trimesh`. Bytes and open files are what the model has: pictures, else sounds, else clips, else shapes. Raw data of any
+other modality: `mm.layout.Segment(name, data)`."""
+MEDIA: tuple[Medium, ...] = ("picture", "sound", "video", "shape")
 """What bytes and open files are taken for: the first of these that the model has."""
 Document = Part | Sequence[Part]
 
 
-class AnyToAnyPipeline(Pipeline):
+class AnyToAnyPipeline(ShapeReader):
     """`pipeline(["a cat:", Path("cat.png"), "and a dog:"], to=["image"]).documents[0]`."""
 
     @torch.no_grad()
@@ -49,9 +58,9 @@ class AnyToAnyPipeline(Pipeline):
         """Continue one document, or several (a list of lists).
 
         Args:
-            document: texts, pictures and sounds in reading order. Strings are text; give paths as `pathlib.Path`.
+            document: texts, pictures, sounds, clips and shapes in reading order. Strings are text; give paths as `pathlib.Path`.
             to: a modality or several, of which one item each is generated first, whatever the model would have opened.
-            free: the model may open pictures and sounds by itself; otherwise it writes text only (after `to`).
+            free: the model may open pictures, sounds and the like by itself; otherwise it writes text only (after `to`).
             max_tokens: positions generated at the most (after `to`).
             sampling: by modality, where it differs from what the checkpoint recommends.
             seed, generator, callback: as for `TextToImagePipeline`.
@@ -85,13 +94,14 @@ class AnyToAnyPipeline(Pipeline):
     def encode(self, documents: Sequence[Sequence[Part]]) -> list[list[Segment]]:
         """Documents as segments; all pictures of all documents are encoded together, and all sounds."""
         if any(not document for document in documents):
-            raise ValueError("the document is empty; give at least one text, picture or sound")
+            raise ValueError("the document is empty; give at least one text, picture, sound, clip or shape")
         given: list[Any] = [part for document in documents for part in document if not isinstance(part, str | Segment)]
         media = [self._medium(part) for part in given]
         encoders: dict[Medium, Callable[[list[Any]], list[Segment]]] = {
             "sound": self.encode_sounds,
             "video": self.encode_videos,
             "picture": self.encode_pictures,
+            "shape": self.encode_shapes,
         }
         made = {
             medium: iter(encode([part for part, its in zip(given, media, strict=True) if its == medium]))
@@ -119,8 +129,12 @@ class AnyToAnyPipeline(Pipeline):
             return "picture"
         if isinstance(part, Audio):
             return "sound"
+        if isinstance(part, Shape) or hasattr(part, "faces") or hasattr(part, "geometry"):  # trimesh need not be there
+            return "shape"
         if isinstance(part, os.PathLike | Video | np.ndarray):
             ending = Path(part).suffix.lower() if isinstance(part, os.PathLike) else ""
+            if ending in {*SHAPES, ".npz"}:
+                return "shape"
             if ending in SOUNDS and not (ending in CLIPS and "video" in self.media):  # .mp4 and .webm may be both
                 return "sound"
             return "video" if self.is_clip(part) else "picture"

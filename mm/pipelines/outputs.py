@@ -15,6 +15,7 @@ from PIL import Image
 from mm import safe_io
 from mm.audio import WRITTEN, Audio, Samples, save_audio
 from mm.interfaces import Encoded
+from mm.shapes import Shape
 from mm.sheet import grid, strips
 from mm.video import WRITTEN as WRITTEN_VIDEOS
 from mm.video import Frames, Video, has_av, save_video
@@ -197,10 +198,11 @@ def portrait(mesh: Trimesh, size: int) -> Image.Image:
 
 @dataclass(frozen=True)
 class AnyOutput:
-    """Documents of text, pictures, sound, video and whatever else the model has: what was generated, without what was given."""
+    """Documents of text, pictures, sound, video, shapes and whatever else the model has: what was generated, without what was
+    given."""
 
     documents: list[list[Any]]
-    """Parts: `str`, `PIL.Image.Image`, `Audio`, `Video`, else what the tokenizer of the modality decodes to."""
+    """Parts: `str`, `PIL.Image.Image`, `Audio`, `Video`, `Shape`, else what the tokenizer of the modality decodes to."""
     seed: int
     """What to pass as `seed` to get the same again."""
 
@@ -224,20 +226,27 @@ class AnyOutput:
         """All clips of all documents."""
         return [part for document in self.documents for part in document if isinstance(part, Video)]
 
+    @property
+    def meshes(self) -> list[Trimesh]:
+        """The meshes of all shapes of all documents; without faces where a shape is empty."""
+        return [part.mesh for document in self.documents for part in document if isinstance(part, Shape)]
+
     def save(self, path: str | os.PathLike[str]) -> list[Path]:
-        """Write the parts as numbered files (`01-01.txt`, `01-02.png`, `01-03.wav`, `01-04.mp4`) into the folder `path`. Raises
-        `ValueError` for parts that are none of these, before anything is written."""
+        """Write the parts as numbered files (`01-01.txt`, `01-02.png`, `01-03.wav`, `01-04.mp4`, `01-05.glb`) into the folder
+        `path`. Raises `ValueError` for parts that are none of these, before anything is written."""
+        from mm.shape_files import save_mesh
+
         folder = Path(path)
         if folder.is_file():
             raise ValueError(f"{str(path)!r} is a file; documents are saved into a folder")
         for part in (part for document in self.documents for part in document):
-            if not isinstance(part, str | Image.Image | Audio | Video):
+            if not isinstance(part, str | Image.Image | Audio | Video | Shape):
                 raise ValueError(f"a part is a {type(part).__name__}, which has no file format here; save it by itself")
         folder.mkdir(parents=True, exist_ok=True)
         places = []
         for number, document in enumerate(self.documents, 1):
             for count, part in enumerate(document, 1):
-                endings: dict[type, str] = {str: ".txt", Audio: ".wav", Video: video_endings()[0]}
+                endings: dict[type, str] = {str: ".txt", Audio: ".wav", Video: video_endings()[0], Shape: ".glb"}
                 place = folder / f"{number:02d}-{count:02d}{endings.get(type(part), '.png')}"
                 if isinstance(part, str):
                     safe_io.write_text(place, part + "\n")
@@ -245,6 +254,8 @@ class AnyOutput:
                     save_audio(place, part)
                 elif isinstance(part, Video):
                     save_video(place, part)
+                elif isinstance(part, Shape):
+                    save_mesh(place, part.mesh)
                 else:
                     save_picture(part, place)
                 places.append(place)

@@ -19,7 +19,28 @@ from mm.pipelines.outputs import TextOutput
 from mm.shapes import Shape, ShapeSource, load_shape
 
 
-class ShapeToTextPipeline(Pipeline):
+class ShapeReader(Pipeline):
+    """What pipelines share that are given shapes."""
+
+    def encode_shapes(self, shapes: Sequence[Any], scales: int | None = None) -> list[Segment]:
+        """Given shapes, or their first `scales`. Raises `ValueError` for what can't be loaded, or has not as many."""
+        name = self.shape
+        tokenizer = self.tokenizer(name)
+        if scales is not None:
+            scales = check_count("scales", scales)
+            has = len(tokenizer.spec.scales)
+            if scales > has:
+                what = f"has {has} scales" if has else "has shapes of one scale"
+                raise ValueError(f"scales is {scales}, and this model {what}; leave it out, or show it fewer")
+        out = []
+        for start in range(0, len(shapes), self.batch_size):
+            loaded = [load_shape(one, tokenizer.spec.voxels) for one in shapes[start : start + self.batch_size]]
+            for item in tokenizer.encode_batch(loaded):
+                out.append(Segment(name, item if scales is None else first_scales(item, scales), loss=False))
+        return out
+
+
+class ShapeToTextPipeline(ShapeReader):
     """`pipeline("chair.obj").texts`, `pipeline("chair.obj", question="how many legs?").texts`, or step by step: `encode`,
     `generate`, `decode`."""
 
@@ -76,23 +97,6 @@ class ShapeToTextPipeline(Pipeline):
         """Each shape as the beginning of a document, and the question about it."""
         asked = [self.encode_text(question)] if question else []
         return [[segment, *asked] for segment in self.encode_shapes(shapes, scales)]
-
-    def encode_shapes(self, shapes: Sequence[Any], scales: int | None = None) -> list[Segment]:
-        """Given shapes, or their first `scales`. Raises `ValueError` for what can't be loaded, or has not as many."""
-        name = self.shape
-        tokenizer = self.tokenizer(name)
-        if scales is not None:
-            scales = check_count("scales", scales)
-            has = len(tokenizer.spec.scales)
-            if scales > has:
-                what = f"has {has} scales" if has else "has shapes of one scale"
-                raise ValueError(f"scales is {scales}, and this model {what}; leave it out, or show it fewer")
-        out = []
-        for start in range(0, len(shapes), self.batch_size):
-            loaded = [load_shape(one, tokenizer.spec.voxels) for one in shapes[start : start + self.batch_size]]
-            for item in tokenizer.encode_batch(loaded):
-                out.append(Segment(name, item if scales is None else first_scales(item, scales), loss=False))
-        return out
 
     @torch.no_grad()
     def generate(
