@@ -111,6 +111,7 @@ def test_shapes_that_cannot_go_in(pipeline: AnyToAnyPipeline, tmp_path: Path) ->
             pipeline([part])
     with pytest.raises(ValueError, match="no modality of shapes; it has text, image"):
         AnyToAnyPipeline(tiny())([ball()])
+    assert len(AnyToAnyPipeline(tiny())(["a"], max_tokens=1).documents) == 1, "without shapes none are asked for"
 
 
 # --- over HTTP --------------------------------------------------------------------------------------------------------

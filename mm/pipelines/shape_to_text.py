@@ -24,6 +24,8 @@ class ShapeReader(Pipeline):
 
     def encode_shapes(self, shapes: Sequence[Any], scales: int | None = None) -> list[Segment]:
         """Given shapes, or their first `scales`. Raises `ValueError` for what can't be loaded, or has not as many."""
+        if not shapes:
+            return []
         name = self.shape
         tokenizer = self.tokenizer(name)
         if scales is not None:
