@@ -1,8 +1,8 @@
 """Runs a page of docs/tutorials as its reader would, in the current folder: `python run_page.py PAGE`.
 
-A block after `<!-- file: NAME -->` is written to that file, one after `<!-- not run: WHY -->` is left out, and the others run one
-after the other: Python as it stands, of the shell `mm …` and `python FILE`. All in one process, so that what takes seconds to
-import is imported once. What `pip install -e .` would do of a `pyproject.toml` that the page writes is done in the folder.
+A block after a line that is a name and a colon is written to that file, one after `<!-- not run: WHY -->` is left out, and the
+others run one after the other: Python as it stands, of the shell `mm …` and `python FILE`. All in one process, so that what takes
+seconds to import is imported once. What `pip install -e .` would do of a `pyproject.toml` on the page is done in the folder.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 FENCE = re.compile(
-    r"(?:<!-- (?P<how>file|not run): (?P<what>[^>]+) -->\n)?^```(?P<language>\w+)\n(?P<code>.*?)^```$", re.M | re.S
+    r"(?:^`(?P<file>[\w./-]+)`:\n\n|<!-- not run: (?P<why>[^>]+) -->\n)?^```(?P<language>\w+)\n(?P<code>.*?)^```$",
+    re.M | re.S,
 )
 
 
@@ -34,7 +35,9 @@ class Block(NamedTuple):
 
 def blocks(page: str) -> Iterator[Block]:
     for found in FENCE.finditer(page):
-        yield Block(found["how"] or "run", found["what"] or "", found["language"], found["code"])
+        file, why = found["file"], found["why"]
+        how = "file" if file else "not run" if why else "run"
+        yield Block(how, file or why or "", found["language"], found["code"])
 
 
 def run(block: Block) -> None:

@@ -32,6 +32,7 @@ def test_a_page_asserts_what_it_promises(page: Path, runner: ModuleType) -> None
     text = page.read_text(encoding="utf-8")
     found = list(runner.blocks(text))
     assert len(found) == len(re.findall(r"^```\w+$", text, re.M)), "every block is understood"
+    assert sum(block.how == "file" for block in found) == len(re.findall(r"^`[^`]+`:$", text, re.M)) >= 1
     ran = [block for block in found if block.how == "run"]
     assert any(block.code.startswith("mm fit") for block in ran if block.language == "bash")
     assert any("\nassert " in block.code for block in ran if block.language == "python")
@@ -60,9 +61,7 @@ def test_what_cannot_be_run_is_refused(runner: ModuleType, tmp_path: Path, monke
         runner.run(runner.Block("run", "", "yaml", "a: 1\n"))
     with pytest.raises(AssertionError):
         runner.run(runner.Block("run", "", "python", "assert 1 > 2\n"))
-    page = (
-        "<!-- file: a.txt -->\n```text\nhello\n```\n\n<!-- not run: it would fail -->\n```python\nassert False\n```\n"
-    )
+    page = "`a.txt`:\n\n```text\nhello\n```\n\n<!-- not run: it would fail -->\n```python\nassert False\n```\n"
     for block in runner.blocks(page):
         runner.run(block)
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"] and Path("a.txt").read_text() == "hello\n"
