@@ -171,6 +171,38 @@ def test_the_command_cuts_and_says_so(here: Path, capsys: pytest.CaptureFixture[
     assert "gone on from" not in capsys.readouterr().err
 
 
+# --- models that write no text ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("directions", "arguments", "message"),
+    [
+        ({("text", "film")}, ["a"], "'both' learned to write no text at all; use --to video, or another model"),
+        (
+            {("text", "film"), ("image", "film")},
+            ["--from", "folder"],
+            "no text of clips; use --to video, or another model",
+        ),
+        ({("film", "text"), ("text", "image")}, ["--from", "a.png"], "no text of pictures; use --to image, or another"),
+        ({("film", "text")}, ["--from", "folder"], ""),
+        ({("film", "text")}, ["a"], ""),
+        (None, ["--from", "a.png"], ""),
+    ],
+)
+def test_text_of_a_model_that_learned_to_write_none(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    directions: set[tuple[str, str]] | None, arguments: list[str], message: str,
+) -> None:  # fmt: skip
+    """It answered with an empty line."""
+    model = both()
+    model.directions = None if directions is None else frozenset(directions)
+    monkeypatch.setattr("mm.hub.load_pretrained", lambda name: model)
+    Image.new("RGB", (4, 4), "red").save(here / "a.png")
+    status = run_mm(["generate", "--to", "text", "--model", "both", "--max-tokens", "3", *arguments])
+    said = capsys.readouterr().err
+    assert status == (2 if message else 0) and message in said
+
+
 # --- folders of pictures ----------------------------------------------------------------------------------------------
 
 

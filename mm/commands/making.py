@@ -165,10 +165,15 @@ def texts(pipeline: Pipeline, args: Namespace, progress: Any) -> Any:
     from mm.pipelines.outputs import TextOutput
 
     if _heard(pipeline, args):
+        check_writes(pipeline, args, "sound")
         return _transcripts(pipeline, args, progress)
     if solids(args):
+        check_writes(pipeline, args, "shape")
         return _told(pipeline, args, progress)
     if args.given:
+        clips = {pipeline.is_clip(name) for name in args.given}
+        for medium in sorted({"video" if clip else "picture" for clip in clips} & pipeline.media):
+            check_writes(pipeline, args, medium)
         reader = ImageToTextPipeline(pipeline.model, pipeline.recommended)
         return reader(
             args.given,
@@ -181,6 +186,7 @@ def texts(pipeline: Pipeline, args: Namespace, progress: Any) -> Any:
         )
     if not args.prompt:
         raise ValueError("there is nothing to continue; give a prompt, or pictures, sounds or clips with --from")
+    check_writes(pipeline, args, None)
     assert isinstance(pipeline, AnyToAnyPipeline)
     sampling = pipeline.sampling(pipeline.text, _options(args))
     if args.num > 1 and sampling.temperature == 0:
@@ -196,6 +202,33 @@ def texts(pipeline: Pipeline, args: Namespace, progress: Any) -> Any:
         callback=progress,
     )
     return TextOutput(["".join(map(str, parts)) for parts in out.documents], [], out.seed)
+
+
+def check_writes(pipeline: Pipeline, args: Namespace, given: str | None) -> None:
+    """Raises `ValueError` for a model whose training showed it no text to write, at all or of such a medium: it would answer with
+    nothing, or with anything."""
+    from mm.pipelines.media import medium_of
+
+    model, text = pipeline.model, pipeline.text
+    media = {one.name: medium_of(one.tokenizer.spec) for one in model.modalities[1:]}
+    sounds = {name for name, medium in media.items() if medium == "sound"}
+    learned = model.directions or (frozenset((text, name) for name in sounds) if model.by_word else None)
+    if not learned:  # nobody knows
+        return
+    read = {media.get(name) for name, made in learned if made == text}
+    if given in read or (given is None and read):
+        return
+    kinds = {"picture": "image", "sound": "speech", "video": "video", "shape": "3d"}
+    makes = sorted({kinds[medium] for _, made in learned if (medium := media.get(made))})
+    instead = " or ".join(f"--to {kind}" for kind in makes if kind != "text")
+    what = {"picture": "of pictures", "sound": "of sounds", "video": "of clips", "shape": "of shapes", None: "at all"}[
+        given
+    ]
+    raise ValueError(
+        f"{args.model!r} learned to write no text {what}; use "
+        + (f"{instead}, or " if instead else "")
+        + "another model"
+    )
 
 
 def _heard(pipeline: Pipeline, args: Namespace) -> bool:
