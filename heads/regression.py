@@ -24,8 +24,6 @@ class RegressionHead(Head):
 
     def __init__(self, error: Literal["l1", "l2", "cosine"] = "l2", layers: int = 1) -> None:
         super().__init__()
-        if error not in ("l1", "l2", "cosine"):
-            raise ValueError(f"error must be l1, l2 or cosine, got {error!r}")
         if layers < 1:
             raise ValueError(f"a regression head needs layers >= 1, got {layers}")
         self.error, self.layers = error, layers

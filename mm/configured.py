@@ -33,3 +33,22 @@ class Configured:
                 continue
             out.update(value if parameter.kind is inspect.Parameter.VAR_KEYWORD else {parameter.name: value})
         return out
+
+
+class Checked(Configured):
+    """Refuses at once, with a `ValueError`, arguments of other types than the constructor's annotations, and what no checkpoint
+    could hold."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        from mm.description import check_arguments, plain
+
+        self = super().__new__(cls, *args, **kwargs)
+        signature = inspect.signature(cls.__init__)
+        try:
+            given = signature.bind(self, *args, **kwargs).arguments
+        except TypeError:  # the call itself says what is missing or unknown
+            return self
+        named = [p.name for p in signature.parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)][1:]
+        values = {name: plain(given[name], f"{cls.__name__}: {name}") for name in named if name in given}
+        check_arguments(cls, values, cls.__name__)
+        return self

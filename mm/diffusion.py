@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
 from typing import Any, Literal, TypeVar
 
@@ -307,8 +307,14 @@ Settings = TypeVar("Settings", Process, Sampler)
 
 
 def settings(kind: type[Settings], given: Settings | Mapping[str, Any] | None) -> Settings:
-    """What a plug-in's constructor is given: the object, its fields (as a checkpoint holds them), or None = the defaults."""
-    return kind(**given) if isinstance(given, Mapping) else given or kind()
+    """What a plug-in's constructor is given: the object, its fields (as a checkpoint holds them), or None = the defaults. Raises
+    `ValueError` for anything else."""
+    if isinstance(given, kind):
+        return given
+    known = [field.name for field in fields(kind)]
+    if not isinstance(given, Mapping | None) or set(given or ()) - set(known):
+        raise ValueError(f"{given!r:.80} is no {kind.__name__.lower()}; its settings are {', '.join(known)}")
+    return kind(**(given or {}))
 
 
 def _levels(process: Process, t: float) -> tuple[float, float]:

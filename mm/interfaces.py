@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from mm.automaton import Automaton as Automaton
+from mm.configured import Checked as Checked
 from mm.configured import Configured as Configured
 from mm.draws import Draw as Draw
 from mm.sampling import MAX_GUIDANCE as MAX_GUIDANCE
@@ -243,7 +244,7 @@ class Layout:
     """What the backbone reads there, where it differs from what is to be predicted there."""
 
 
-class Order(Configured, abc.ABC):
+class Order(Checked, abc.ABC):
     """When each element of an item is generated. Training layout and generation plan live in one class."""
 
     default_steps: int = 0
@@ -362,7 +363,7 @@ class Proposal:
     """The likeliest are taken, whatever the temperature (VALL-E's later stages)."""
 
 
-class Head(Configured, nn.Module, abc.ABC):
+class Head(Checked, nn.Module, abc.ABC):
     """Hidden states → tokens of one modality. Constructed from hyper-parameters; `build` makes the weights."""
 
     @abc.abstractmethod

@@ -13,12 +13,13 @@ import torch
 
 from mm import hub
 from mm.generation import Engine, Request
+from mm.heads.regression import RegressionHead
 from mm.interfaces import Modality, Sampling
 from mm.layout import Segment
 from mm.model import MultimodalModel
 from mm.orders.masked import Masked
 from mm.orders.raster import Raster
-from mm.testing import tiny
+from mm.testing import Frames, tiny
 
 
 def generate(model: MultimodalModel) -> list[int]:
@@ -326,9 +327,13 @@ def test_what_no_checkpoint_can_name_is_not_saved(tmp_path: Path) -> None:
     class Mine(Raster):
         pass
 
-    for order, message in ((Mine(), "install it as a plug-in"), (Raster(prefix=1), "has prefix '1', expected true")):  # type: ignore[arg-type]
+    sound = Frames(rate=100.0)  # type: ignore[arg-type]
+    for model, message in (
+        (tiny(Mine()), "install it as a plug-in"),
+        (tiny(tokenizer=sound, head=RegressionHead()), "has rate '100.0', expected a whole number"),
+    ):
         with pytest.raises(ValueError, match=message):
-            hub.save_pretrained(tiny(order), tmp_path / "m")
+            hub.save_pretrained(model, tmp_path / "m")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from mm import plugins
 from mm.grid import coordinates
 from mm.interfaces import Encoded, Sampling, Session
 from mm.orders import masked
@@ -97,6 +99,20 @@ def test_masked_arguments() -> None:
         Masked(steps=0)
     assert Masked(rate_condition=True, micro=(1.0, 2.0)).conditions == {"mask_rate": 3}
     assert Masked().conditions == {}
+
+
+@pytest.mark.parametrize("name", sorted(plugins.available("orders")))
+def test_wrong_types_are_refused_in_words(name: str) -> None:
+    """Most raised a `TypeError` where they compared or counted; some took what they were given, and failed much later."""
+    order = plugins.load("orders", name)
+    for argument in list(inspect.signature(order.__init__).parameters.values())[1:]:
+        wrong = [object(), [None], {"no such": 1}]
+        for value in [*wrong, "x"] if argument.annotation != "str" else wrong:
+            with pytest.raises(ValueError, match=r"(expected|its settings are|holds numbers)") as caught:
+                order(**{argument.name: value})
+            assert name in str(caught.value).lower() or "no such" in str(caught.value)
+    with pytest.raises(TypeError, match="unexpected keyword argument"):
+        order(no_such=1)
 
 
 # --- masked: decoding -----------------------------------------------------------------------------------------------

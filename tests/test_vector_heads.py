@@ -91,7 +91,7 @@ def test_between_two_modes_they_return_what_lies_between(make: Any) -> None:
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: RegressionHead("huber"), "error must be"),  # type: ignore[arg-type]
+        (lambda: RegressionHead("huber"), "has error .huber., expected one of l1, l2, cosine"),  # type: ignore[arg-type]
         (lambda: RegressionHead(layers=0), "layers >= 1"),
         (lambda: GaussianHead(kl=-1.0), "kl >= 0"),
         (lambda: GaussianHead(layers=-1), "layers >= 0"),

@@ -43,8 +43,6 @@ class Delay(Order):
         groups: Sequence[int] | None = None,
         along: bool = False,
     ) -> None:
-        if pattern not in PATTERNS:
-            raise ValueError(f"pattern must be one of {', '.join(PATTERNS)}, got {pattern!r:.60}")
         for name, value, of in (("delays", delays, "delay"), ("groups", groups, "flatten")):
             if value is not None and pattern != of:
                 raise ValueError(f"{name} belong to the pattern {of}, got them for {pattern}")

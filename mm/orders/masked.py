@@ -51,10 +51,6 @@ class Masked(Order):
     ) -> None:
         if steps < 1:
             raise ValueError(f"masked order needs steps >= 1, got {steps}")
-        if schedule not in ("cosine", "uniform", "normal") or choice not in ("confidence", "random"):
-            raise ValueError(
-                f"schedule must be cosine, uniform or normal, and choice confidence or random; got {schedule!r} and {choice!r}"
-            )
         if not 0 <= least < 1:
             raise ValueError(f"least is the smallest share that is hidden in training, from 0 to below 1; got {least}")
         self.schedule, self.default_steps, self.choice_temperature = schedule, steps, choice_temperature
