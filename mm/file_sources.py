@@ -32,6 +32,7 @@ def opened(source: Any, name: str, said: Said, max_bytes: int) -> Iterator[IO[by
     if isinstance(source, str | os.PathLike):
         if not os.path.isfile(source):  # opening a pipe would wait for its writer for ever
             problem = "not a file" if os.path.exists(source) else "missing"  # of names that are too long too
+            problem = "a folder, not a file" if os.path.isdir(source) else problem
             raise ValueError(f"{name} is {problem}; give the path of {said.files}")
         try:
             found = open(source, "rb")  # noqa: SIM115 (closed below)
@@ -51,6 +52,12 @@ def opened(source: Any, name: str, said: Said, max_bytes: int) -> Iterator[IO[by
         raise ValueError(f"got a {type(source).__name__} for a {said.noun}; give {said.taken}")
     _check_size(name, len(data), max_bytes)
     yield io.BytesIO(data)
+
+
+def content(source: Any, name: str, said: Said, max_bytes: int) -> bytes:
+    """All of the file. Raises as `opened`."""
+    with opened(source, name, said, max_bytes) as file:
+        return file.read(max_bytes)
 
 
 def _check_size(name: str, size: int, max_bytes: int) -> None:

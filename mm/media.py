@@ -5,12 +5,15 @@ from __future__ import annotations
 import io
 import os
 import re
-from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
+
+from mm import file_sources
 
 if TYPE_CHECKING:  # Pillow and NumPy are imported where they are used, so that `import mm` stays fast
     import numpy as np
     from PIL import Image
+
+SAID = file_sources.Said("picture", "a picture file", "a path, bytes, a binary file, a PIL picture or an array")
 
 MAX_PIXELS = 1 << 26
 """Largest width × height that is decoded (8192 × 8192)."""
@@ -29,7 +32,7 @@ ORIENTATION_TAG = 0x0112
 
 
 def load_image(
-    source: str | os.PathLike[str] | bytes | IO[bytes] | Image.Image | np.ndarray[Any, Any],
+    source: file_sources.FileSource | Image.Image | np.ndarray[Any, Any],
     *,
     max_pixels: int = MAX_PIXELS,
     max_bytes: int = MAX_BYTES,
@@ -56,7 +59,8 @@ def load_image(
         name = "the picture"
         _check_size(name, source.size, max_pixels)
         return _to_rgb(source, name)
-    name, data = _read(source, max_bytes)
+    name = f"the picture {os.fspath(source)!r}" if isinstance(source, str | os.PathLike) else "the picture"
+    data = file_sources.content(source, name, SAID, max_bytes)
     try:
         picture = Image.open(io.BytesIO(data), formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -94,37 +98,6 @@ def array_pixels(values: np.ndarray[Any, Any], name: str) -> np.ndarray[Any, np.
     if values.dtype != np.uint8:
         values = (values * np.float32(255)).round().astype(np.uint8)
     return np.ascontiguousarray(values.reshape(*values.shape[:2], -1))
-
-
-def _read(source: str | os.PathLike[str] | bytes | IO[bytes], max_bytes: int) -> tuple[str, bytes]:
-    """What to call the picture in a message, and its bytes."""
-    if isinstance(source, bytes | bytearray | memoryview):
-        name, data = "the picture", bytes(source)
-    elif isinstance(source, str | os.PathLike):
-        path = Path(source)
-        name = f"the picture {str(path)!r}"
-        if not os.path.isfile(path):
-            problem = "not a file" if os.path.exists(path) else "missing"  # of names that are too long too
-            problem = "a folder, not a file" if os.path.isdir(path) else problem
-            raise ValueError(f"{name} is {problem}; give the path of a picture file")
-        try:
-            with path.open("rb") as file:
-                data = file.read(max_bytes + 1)
-        except OSError as error:
-            raise ValueError(f"{name} can't be read: {_short(error)}") from error
-    elif hasattr(source, "read"):
-        name, data = "the picture", source.read(max_bytes + 1)
-        if not isinstance(data, bytes):
-            raise ValueError("the picture comes from a file opened as text; open it in binary mode ('rb')")
-    else:
-        raise ValueError(
-            f"got a {type(source).__name__} for a picture; give a path, bytes, a binary file, a PIL picture or an array"
-        )
-    if not data:
-        raise ValueError(f"{name} is an empty file")
-    if len(data) > max_bytes:
-        raise ValueError(f"{name} is larger than {max_bytes:,} bytes; give a smaller file or raise max_bytes")
-    return name, data
 
 
 def _check_size(name: str, size: tuple[int, int], max_pixels: int) -> None:

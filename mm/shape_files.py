@@ -11,15 +11,17 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from mm import glb, safe_io
+from mm import file_sources, glb, safe_io
 
 if TYPE_CHECKING:  # imported where it is used, so that `import mm` stays fast
     from trimesh import Scene, Trimesh
+
+SAID = file_sources.Said("mesh", "a mesh", "a path, bytes, a binary file, a trimesh.Trimesh or a Scene")
 
 MAX_FACES = 1_000_000
 """Most triangles of a mesh, by default."""
@@ -64,7 +66,7 @@ class MeshReport:
         return ", ".join(parts)
 
 
-MeshSource = str | os.PathLike[str] | bytes | IO[bytes]
+MeshSource = file_sources.FileSource
 """A path, the bytes of a file, or an open binary file; also a `trimesh.Trimesh` or a `trimesh.Scene`."""
 
 
@@ -86,7 +88,8 @@ def load_mesh(
         name, found = "the mesh", source
         faces = len(found.faces) if isinstance(found, Trimesh) else _scene_faces(found)
     else:
-        name, data = _read(source, max_bytes)
+        name = f"the mesh {os.fspath(source)!r:.400}" if isinstance(source, str | os.PathLike) else "the mesh"
+        data = file_sources.content(source, name, SAID, max_bytes)
         try:
             found, faces = _parsed(data, max_faces)
         except Exception as error:  # a parser fed with a stranger's bytes may raise anything
@@ -151,35 +154,6 @@ def file_kind(data: bytes) -> str:
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
-
-
-def _read(source: MeshSource, max_bytes: int) -> tuple[str, bytes]:
-    """What to call the mesh in a message, and its bytes."""
-    if isinstance(source, bytes | bytearray | memoryview):
-        name, data = "the mesh", bytes(source[: max_bytes + 1])
-    elif isinstance(source, str | os.PathLike):
-        name = f"the mesh {str(source)!r:.400}"
-        if not os.path.isfile(source):
-            problem = "not a file" if os.path.exists(source) else "missing"
-            raise ValueError(f"{name} is {problem}; give the path of a mesh")
-        try:
-            with open(source, "rb") as file:
-                data = file.read(max_bytes + 1)
-        except OSError as error:
-            raise ValueError(f"{name} can't be read: {_short(error)}") from error
-    elif hasattr(source, "read"):
-        name, data = "the mesh", source.read(max_bytes + 1)
-        if not isinstance(data, bytes):
-            raise ValueError("the mesh comes from a file opened as text; open it in binary mode ('rb')")
-    else:
-        raise ValueError(
-            f"got a {type(source).__name__} for a mesh; give a path, bytes, a binary file, a trimesh.Trimesh or a Scene"
-        )
-    if not data:
-        raise ValueError(f"{name} is an empty file")
-    if len(data) > max_bytes:
-        raise ValueError(f"{name} is larger than {max_bytes:,} bytes; give a smaller file or raise max_bytes")
-    return name, data
 
 
 def _parsed(data: bytes, max_faces: int) -> tuple[Any, int]:

@@ -185,7 +185,7 @@ def test_what_is_not_a_sound(tmp_path: Path) -> None:
     (tmp_path / "large.wav").write_bytes(encoded(sine()))
     for source, message in (
         (tmp_path / "none.wav", r"none\.wav' is missing"),
-        (tmp_path, "is not a file"),
+        (tmp_path, "is a folder, not a file"),
         (tmp_path / "empty.wav", "is an empty file"),
         (tmp_path / "text.wav", "damaged or not a sound"),
         (b"", "is an empty file"),
