@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any, Literal, cast
 
 import torch
@@ -174,6 +175,12 @@ class Quantizer(nn.Module):
             )
         else:
             raise ValueError(f"quantizer must be one of vq, fsq, lfq, bsq, residual, got '{name}'")
+        random = torch.Generator().manual_seed(0)
+        for module in self.codebooks():  # the package's are zeros until it fits them to whatever comes first
+            codebook = cast(Any, module)
+            codebook.embed.normal_(generator=random)
+            codebook.embed_avg.copy_(codebook.embed)
+            codebook.init_embed_ = MethodType(_fit_in_training, codebook)
 
     def forward(self, latents: Float[Tensor, "B D H W"]) -> Quantized:
         batch, _, rows, columns = latents.shape
@@ -239,6 +246,13 @@ class Quantizer(nn.Module):
             codebook.use_ddp = enabled
             codebook.sample_fn = codebook.replace_sample_fn = draw
             codebook.all_reduce_fn = codebook.kmeans_all_reduce_fn = reduce
+
+
+def _fit_in_training(codebook: Any, data: Tensor, mask: Tensor | None = None) -> None:
+    """Fit an untrained codebook to the first batch of training, and never to what is encoded: ids would mean another thing after
+    the first call, and a tokenizer's fingerprint something that is gone."""
+    if codebook.training:
+        type(codebook).init_embed_(codebook, data, mask)
 
 
 @torch.no_grad()
