@@ -121,7 +121,7 @@ class FileTokenizer(ModalityTokenizer):
             self.bpe = ByteBPE(self.config["vocab"], apart=self.apart)
             self._build(self.config, self.facts)
             return
-        folder = saved.find(pretrained, self.what.split(" ", 1)[1])
+        folder = saved.find(pretrained, self.what.split(" ", 1)[1], self.form)
         self.config = saved.read(folder, self.form, config, self.what)
         saved.whole_number("vocab", self.config["vocab"], 256, 1 << 16)
         self.facts = safe_io.read_json(folder / FACTS, max_bytes=MAX_FACTS_BYTES)

@@ -78,8 +78,9 @@ def whole_numbers(name: str, value: Any) -> None:
 # --- files ----------------------------------------------------------------------------------------------------------
 
 
-def find(pretrained: str | os.PathLike[str], what: str) -> Path:
-    """The folder of a saved tokenizer: a path, or the name of one that ships with the package. Raises `ValueError`."""
+def find(pretrained: str | os.PathLike[str], what: str, form: str) -> Path:
+    """The folder of a saved tokenizer: a path, or the name of one that ships with the package. `form`: of which shipped ones a
+    message speaks. Raises `ValueError`."""
     if not isinstance(pretrained, str | os.PathLike):
         raise ValueError(
             f"a saved {what} is named by its folder (str or Path), got {type(pretrained).__name__}: give the folder that "
@@ -98,10 +99,11 @@ def find(pretrained: str | os.PathLike[str], what: str) -> Path:
                 f"'{pretrained[:60]}' can't be looked up as a saved {what} ({error.strerror}): give a folder that its save() "
                 "wrote"
             ) from error
-    shipped = sorted(p.parent.name for p in SHIPPED.glob(f"*/{CONFIG}")) if SHIPPED.is_dir() else []
+    configs = sorted(SHIPPED.glob(f"*/{CONFIG}")) if SHIPPED.is_dir() else []
+    shipped = [file.parent.name for file in configs if safe_io.read_json(file).get("format") == form]
     raise ValueError(
-        f"no saved {what} in '{pretrained}' ({CONFIG} is missing): give a folder that its save() wrote, "
-        f"or one of the shipped names {shipped}"
+        f"no saved {what} in '{pretrained}' ({CONFIG} is missing): give a folder that its save() wrote"
+        + (f", or one of the shipped names {shipped}" if shipped else "")
     )
 
 
@@ -248,7 +250,7 @@ class FromSettings(Fingerprinted):
         if pretrained is None:
             self._build(dict(config))
             return
-        folder = find(pretrained, self.what.split(" ", 1)[1])
+        folder = find(pretrained, self.what.split(" ", 1)[1], self.form)
         found = read(folder, self.form, config, self.what)
         with building(folder):
             self._build(found)

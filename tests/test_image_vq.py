@@ -499,16 +499,19 @@ def test_a_name_that_is_no_tokenizer(name: str) -> None:
 
 
 def test_only_tokenizers_are_offered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A whole model lies beside them, and has a file of weights too."""
+    """A whole model lies beside them, and has a file of weights too; and who wants a codec has no use for one of pictures."""
     from mm import saved
 
-    for name, file in (("a_tokenizer", "config.json"), ("a_model", "model.json")):
+    for name, file in (("a_tokenizer", "config.json"), ("another", "config.json"), ("a_model", "model.json")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").touch()
-        (tmp_path / name / file).touch()
+        (tmp_path / name / file).write_text('{"format": "mm.tokenizers.image_vq"}')
+    (tmp_path / "another" / "config.json").write_text('{"format": "mm.tokenizers.speech_codec"}')
     monkeypatch.setattr(saved, "SHIPPED", tmp_path)
     with pytest.raises(ValueError, match=r"one of the shipped names \['a_tokenizer'\]"):
-        saved.find("no_such", "image tokenizer")
+        saved.find("no_such", "image tokenizer", "mm.tokenizers.image_vq")
+    with pytest.raises(ValueError, match=r"no saved codec in 'no_such' .*: give a folder that its save\(\) wrote$"):
+        saved.find("no_such", "codec", "mm.tokenizers.audio_dac")
 
 
 @pytest.mark.parametrize(

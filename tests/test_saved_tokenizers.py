@@ -3,6 +3,7 @@ its files hold, is refused by name before anything is built."""
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -298,7 +299,7 @@ def test_what_names_no_saved_tokenizer_is_refused(name: Any) -> None:
     with pytest.raises(
         ValueError, match="saved image tokenizer.* give a folder|saved image tokenizer.* give the folder"
     ) as caught:
-        saved.find(name, "image tokenizer")
+        saved.find(name, "image tokenizer", "mm.tokenizers.image_vq")
     assert len(str(caught.value)) < 600
 
 
@@ -325,6 +326,28 @@ def test_an_untrained_tokenizer_decodes_and_says_so(tokenizer: Any, grid: tuple[
     assert "not trained yet" in wrong.reason and "not numbers" in wrong.reason
     made.fit_normalizer(torch.rand(4, 3, 16, 16) * 2 - 1)
     assert made.decode(Encoded(grid=grid, latents=torch.randn(grid[0] * grid[1], made.width))).valid
+
+
+@pytest.mark.parametrize("name", ["image_vq", "voxel_vq"])
+def test_an_untrained_codebook_stays_as_it_is(name: str, tmp_path: Path) -> None:
+    """It was fitted to what was encoded first: ids meant another thing afterwards, and the fingerprint was that of before."""
+    cls: Any = plugins.load("tokenizers", name)
+    settings = {"size": 16, "channels": 8, "codebook_size": 16, "code_dim": 4}
+    fresh = cls(**settings).eval()
+    raw = cls.examples()[0] if hasattr(cls, "examples") else Image.effect_noise((16, 16), 90)
+    fresh.save(tmp_path / "fresh")
+    before = fresh.encode(raw).content
+    fresh.save(tmp_path / "used")
+    for folder in ("fresh", "used"):
+        again = cls.from_directory(tmp_path / folder)
+        assert again.spec == fresh.spec and torch.equal(again.encode(raw).content, before)
+    assert len(before.unique()) > 1
+    held = hub.load_pretrained(hub.save_pretrained(tiny(tokenizer=fresh), tmp_path / "model"))
+    assert torch.equal(held.modalities[1].tokenizer.encode(raw).content, before)
+    twin = copy.deepcopy(fresh).train()  # the first batch of training fits it, and its own alone
+    twin.quantizer(torch.randn(64, fresh.quantizer.dim, 1, 1))
+    assert all(bool(book.initted) for book in twin.quantizer.codebooks())
+    assert torch.equal(fresh.encode(raw).content, before)
 
 
 def test_a_bank_holds_what_the_autoencoder_reads() -> None:

@@ -45,7 +45,7 @@ def check_codebook(folder: Path, c: dict[str, Any]) -> None:
 def read_whole(source: str | Path) -> tuple[dict[str, Any], dict[str, Tensor], str]:
     """Settings, weights and fingerprint of a tokenizer that `ImageVQ.save` wrote (folder, or shipped name), as they were saved
     together. Raises `ValueError` for what is missing, damaged or foreign."""
-    folder = saved.find(source, WHAT)
+    folder = saved.find(source, WHAT, FORMAT)
     said = safe_io.read_json(folder / saved.CONFIG, max_bytes=saved.MAX_CONFIG_BYTES)
     config = said.get("config")
     if said.get("format") != FORMAT or not isinstance(config, dict):

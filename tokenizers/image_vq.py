@@ -96,7 +96,7 @@ class ImageVQ(TrainableTokenizer):
             commitment=commitment,
             entropy=entropy,
         )
-        directory = None if pretrained is None else saved.find(pretrained, settings.WHAT)
+        directory = None if pretrained is None else saved.find(pretrained, settings.WHAT, settings.FORMAT)
         if directory is not None:
             config = settings.read(directory, config)
         self.config = config

@@ -82,7 +82,7 @@ class SpeechCTC(TrainableSpeechEncoder):
             vectors=vectors,
         )
         _check(config)
-        folder = None if pretrained is None else saved.find(pretrained, "speech encoder")
+        folder = None if pretrained is None else saved.find(pretrained, "speech encoder", FORMAT)
         if folder is not None:
             config = _read(folder, config)
         self.config = {**config, "compress": compress or config["compress"]}

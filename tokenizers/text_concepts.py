@@ -95,7 +95,7 @@ class TextConcepts(TrainableConcepts):
         )
         merges: list[list[str]] = []
         bank = settings.check_bank(bank or [])
-        folder = None if pretrained is None else saved.find(pretrained, "tokenizer of sentences")
+        folder = None if pretrained is None else saved.find(pretrained, "tokenizer of sentences", settings.FORMAT)
         if folder is not None:
             config, merges, bank = settings.read(folder, config)
         settings.check(config)
