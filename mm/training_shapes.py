@@ -19,13 +19,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mm.data.shape_batches import ShapeBatch
+from mm.measured import MeasuredTraining
 from mm.optimization import optimizer_and_schedule
-from mm.reconstruction import count_codes, usage_and_perplexity
+from mm.reconstruction import count_codes
 from mm.shape_tokenizer import ShapeTokenizer
 from mm.volume import Rendering, pixels
 
 
-class ShapeTokenizerModule(L.LightningModule):
+class ShapeTokenizerModule(MeasuredTraining):
     """Trains any `ShapeTokenizer` on batches of `mm.data.shape_batches`.
 
     Args:
@@ -42,6 +43,8 @@ class ShapeTokenizerModule(L.LightningModule):
         warm_start: how many training shapes the tokenizer's closed-form start is computed from; 0 = none.
         save_to: directory that receives the tokenizer (averaged weights, where EMA is on) after every validation.
     """
+
+    figures = ("iou", "iou_above_0.9", "volume_error")
 
     def __init__(
         self,
@@ -73,9 +76,6 @@ class ShapeTokenizerModule(L.LightningModule):
         self.near, self.positive, self.sharpness = near, positive, sharpness
         self.learning_rate, self.weight_decay, self.betas = learning_rate, weight_decay, betas
         self.warmup, self.final_rate, self.warm_start, self.save_to = warmup, final_rate, warm_start, save_to
-        self._train_counts: Tensor | None = None
-        self._val_counts: Tensor | None = None
-        self._val: list[Tensor] = []
 
     # ---- set-up ------------------------------------------------------------------------------------------------------
 
@@ -172,9 +172,6 @@ class ShapeTokenizerModule(L.LightningModule):
 
     # ---- validation --------------------------------------------------------------------------------------------------
 
-    def on_validation_epoch_start(self) -> None:
-        self._val, self._val_counts = [], None
-
     def validation_step(self, batch: ShapeBatch, batch_idx: int) -> None:
         out = self.tokenizer.reconstruct(self._read(batch))
         self._val_counts = count_codes(self._val_counts, out.ids, self.tokenizer)
@@ -183,27 +180,4 @@ class ShapeTokenizerModule(L.LightningModule):
         overlap = torch.where(either > 0, (made & truth).sum(1) / either.clamp_min(1), 1.0)
         volume = (made.sum(1).double() / truth.sum(1).clamp_min(1) - 1).abs()
         figures = torch.stack([overlap, (overlap >= 0.9).double(), volume, torch.ones_like(overlap)])
-        self._val.append(figures.sum(1))
-
-    def on_validation_epoch_end(self) -> None:
-        sums = torch.stack(self._val).sum(0) if self._val else torch.zeros(4, dtype=torch.double, device=self.device)
-        # Every rank held a part: sums, then one division.
-        sums = cast(Tensor, self.all_gather(sums)).reshape(-1, 4).sum(0)
-        figures = (sums[:3] / sums[3].clamp_min(1)).tolist()
-        for name, value in zip(("iou", "iou_above_0.9", "volume_error"), figures, strict=True):
-            self.log(f"val/{name}", value, prog_bar=name == "iou", rank_zero_only=True)
-        self._log_codes("val", self._val_counts)
-        if self.trainer.sanity_checking:
-            return
-        self._log_codes("train", self._train_counts)
-        self._train_counts = None
-        if self.save_to is not None and self.trainer.is_global_zero and self.trainer.state.fn == "fit":
-            self.tokenizer.save(self.save_to)
-
-    def _log_codes(self, part: str, counts: Tensor | None) -> None:
-        if counts is None:
-            return
-        counts = cast(Tensor, self.all_gather(counts)).reshape(-1, *counts.shape).sum(0)
-        usage, perplexity = usage_and_perplexity(counts)
-        self.log(f"{part}/usage", usage, prog_bar=part == "val", rank_zero_only=True)
-        self.log(f"{part}/perplexity", perplexity, rank_zero_only=True)
+        self.measured(0, figures.sum(1))

@@ -16,8 +16,9 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from mm.measured import MeasuredTraining
 from mm.optimization import optimizer_and_schedule
-from mm.reconstruction import count_codes, usage_and_perplexity
+from mm.reconstruction import count_codes
 from mm.speech_losses import SpectralLosses, SpeechDiscriminators
 from mm.speech_tokenizer import SpeechTokenizer
 
@@ -25,7 +26,7 @@ STATISTICS = 256
 """Training crops that statistics of latents are taken from, and to which codebooks are fitted."""
 
 
-class SpeechTokenizerModule(L.LightningModule):
+class SpeechTokenizerModule(MeasuredTraining):
     """Trains any `SpeechTokenizer`.
 
     A batch is a pair: sounds (B, S) at the tokenizer's rate, and the source of each, by which the validation figures are also
@@ -45,6 +46,8 @@ class SpeechTokenizerModule(L.LightningModule):
         save_to: directory that receives the tokenizer (averaged weights, where EMA is on) after every validation; so the last
             step should be validated.
     """
+
+    figures = ("mel", "stft")
 
     def __init__(
         self,
@@ -72,9 +75,6 @@ class SpeechTokenizerModule(L.LightningModule):
         self.losses = SpectralLosses(tokenizer.rate, tokenizer.n_fft, tokenizer.hop, tokenizer.config["mels"])
         self.learning_rate, self.weight_decay, self.betas = learning_rate, weight_decay, betas
         self.warmup, self.final_rate, self.warm_start, self.save_to = warmup, final_rate, warm_start, save_to
-        self._train_counts: Tensor | None = None
-        self._val_counts: Tensor | None = None
-        self._val: dict[int, list[Tensor]] = {}
 
     # ---- set-up ------------------------------------------------------------------------------------------------------
 
@@ -148,9 +148,6 @@ class SpeechTokenizerModule(L.LightningModule):
 
     # ---- validation --------------------------------------------------------------------------------------------------
 
-    def on_validation_epoch_start(self) -> None:
-        self._val, self._val_counts = {}, None
-
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         x, source = batch
         out = self.tokenizer.reconstruct(x)
@@ -160,38 +157,7 @@ class SpeechTokenizerModule(L.LightningModule):
             terms = self.losses(out.output[mine], x[mine])
             weight = mine.sum().double()
             total = torch.stack([terms["mel"].double() * weight, terms["stft"].double() * weight, weight])
-            self._val.setdefault(number, []).append(total)
+            self.measured(number, total)
 
-    def on_validation_epoch_end(self) -> None:
-        names = getattr(getattr(self.trainer, "datamodule", None), "names", None)
-        count = len(names) if names else max(self._val, default=0) + 1
-        table = torch.zeros(count, 3, dtype=torch.double, device=self.device)
-        for index, parts in self._val.items():
-            table[index] = torch.stack(parts).sum(0)
-        # Every rank held a part: sums, then one division.
-        table = cast(Tensor, self.all_gather(table)).reshape(-1, count, 3).sum(0)
-        for index in range(count):
-            if table[index, 2] > 0:
-                self._log_figures(table[index], f"/{names[index] if names else index}")
-        self._log_figures(table.sum(0), "")
-        self._log_codes("val", self._val_counts)
-        if self.trainer.sanity_checking:
-            return
-        self._log_codes("train", self._train_counts)
-        self._train_counts = None
-        if self.save_to is not None and self.trainer.is_global_zero and self.trainer.state.fn == "fit":
-            self.tokenizer.before_saving(self._crops(STATISTICS))
-            self.tokenizer.save(self.save_to)
-
-    def _log_figures(self, sums: Tensor, suffix: str) -> None:
-        mel, stft = (sums[:2] / sums[2].clamp_min(1)).tolist()
-        self.log(f"val/mel{suffix}", mel, prog_bar=not suffix, rank_zero_only=True)
-        self.log(f"val/stft{suffix}", stft, rank_zero_only=True)
-
-    def _log_codes(self, part: str, counts: Tensor | None) -> None:
-        if counts is None:
-            return
-        counts = cast(Tensor, self.all_gather(counts)).reshape(-1, *counts.shape).sum(0)
-        usage, perplexity = usage_and_perplexity(counts)
-        self.log(f"{part}/usage", usage, prog_bar=part == "val", rank_zero_only=True)
-        self.log(f"{part}/perplexity", perplexity, rank_zero_only=True)
+    def prepare_saving(self) -> None:
+        self.tokenizer.before_saving(self._crops(STATISTICS))

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mm.measured import MeasuredTraining
 from mm.optimization import optimizer_and_schedule
 from mm.reconstruction import (
     PatchDiscriminator,
@@ -28,7 +29,6 @@ from mm.reconstruction import (
     hinge_loss,
     psnr,
     ssim_loss,
-    usage_and_perplexity,
 )
 from mm.trainable import TrainableTokenizer
 
@@ -36,7 +36,7 @@ STATISTICS = 4096
 """Training pictures that statistics of latents are taken from."""
 
 
-class TokenizerModule(L.LightningModule):
+class TokenizerModule(MeasuredTraining):
     """Trains any `TrainableTokenizer` of pictures, or of clips.
 
     A batch is a `PictureBatch`-like pair: pictures (B, 3, H, W) in [−1, 1], or clips (B, T, 3, H, W), and the source of each, by
@@ -60,6 +60,8 @@ class TokenizerModule(L.LightningModule):
         save_to: directory that receives the tokenizer (averaged weights, where EMA is on) after every validation.
         pictures: how many pairs the logged picture grid shows.
     """
+
+    figures = ("psnr", "ssim", "psnr_of_mean_error")
 
     def __init__(
         self,
@@ -111,9 +113,6 @@ class TokenizerModule(L.LightningModule):
         # Two optimisers take turns only where there is an adversary.
         self.automatic_optimization = self.discriminator is None
         self.batches_done = 0
-        self._train_counts: Tensor | None = None
-        self._val_counts: Tensor | None = None
-        self._val: dict[int, list[Tensor]] = {}
         self._shown: tuple[Tensor, Tensor] | None = None
 
     # ---- set-up ------------------------------------------------------------------------------------------------------
@@ -257,7 +256,8 @@ class TokenizerModule(L.LightningModule):
     # ---- validation --------------------------------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
-        self._val, self._val_counts, self._shown = {}, None, None
+        super().on_validation_epoch_start()
+        self._shown = None
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         from torchmetrics.functional.image import structural_similarity_index_measure
@@ -271,8 +271,7 @@ class TokenizerModule(L.LightningModule):
         error = F.mse_loss(made.clamp(-1, 1), x, reduction="none").flatten(1).mean(1) / 4
         figures = torch.stack([psnr(made, x), cast(Tensor, similarity), error, torch.ones_like(error)])
         for name in source.unique().tolist():
-            total = figures[:, source == name].double().sum(1)
-            self._val.setdefault(name, []).append(total)
+            self.measured(name, figures[:, source == name].double().sum(1))
         if self._shown is None:
             self._shown = (x[: self.pictures], made[: self.pictures])
 
@@ -295,43 +294,13 @@ class TokenizerModule(L.LightningModule):
 
         return [WriteRows(), RandomState()]
 
-    def on_validation_epoch_end(self) -> None:
-        names = getattr(getattr(self.trainer, "datamodule", None), "names", None)
-        count = len(names) if names else max(self._val, default=0) + 1
-        table = torch.zeros(count, 4, dtype=torch.double, device=self.device)
-        for index, parts in self._val.items():
-            table[index] = torch.stack(parts).sum(0)
-        # Every rank held a part: sums, then one division.
-        table = cast(Tensor, self.all_gather(table)).reshape(-1, count, 4).sum(0)
-        for index in range(count):
-            if table[index, 3] > 0:
-                self._log_figures(table[index], f"/{names[index] if names else index}")
-        self._log_figures(table.sum(0), "")
-        self._log_codes("val", self._val_counts)
-        self._log_pictures()
-        if self.trainer.sanity_checking:
-            return
-        self._log_codes("train", self._train_counts)
-        self._train_counts = None
-        if self.save_to is not None and self.trainer.is_global_zero and self.trainer.state.fn == "fit":
-            self.tokenizer.before_saving(self._training_pictures(STATISTICS))
-            self.tokenizer.save(self.save_to)
+    def means(self, values: list[float]) -> list[float]:
+        return [*values[:2], -10 * math.log10(max(values[2], 1e-10))]
 
-    def _log_figures(self, sums: Tensor, suffix: str) -> None:
-        psnr_mean, ssim_mean, error = (sums[:3] / sums[3].clamp_min(1)).tolist()
-        self.log(f"val/psnr{suffix}", psnr_mean, prog_bar=not suffix, rank_zero_only=True)
-        self.log(f"val/ssim{suffix}", ssim_mean, rank_zero_only=True)
-        self.log(f"val/psnr_of_mean_error{suffix}", -10 * math.log10(max(error, 1e-10)), rank_zero_only=True)
+    def prepare_saving(self) -> None:
+        self.tokenizer.before_saving(self._training_pictures(STATISTICS))
 
-    def _log_codes(self, part: str, counts: Tensor | None) -> None:
-        if counts is None:
-            return
-        counts = cast(Tensor, self.all_gather(counts)).reshape(-1, *counts.shape).sum(0)
-        usage, perplexity = usage_and_perplexity(counts)
-        self.log(f"{part}/usage", usage, prog_bar=part == "val", rank_zero_only=True)
-        self.log(f"{part}/perplexity", perplexity, rank_zero_only=True)
-
-    def _log_pictures(self) -> None:
+    def validated(self) -> None:
         """Originals above, decoded below, where a TensorBoard logger runs."""
         from lightning.pytorch.loggers import TensorBoardLogger
 
