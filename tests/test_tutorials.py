@@ -38,8 +38,13 @@ def test_a_page_asserts_what_it_promises(page: Path, runner: ModuleType) -> None
     assert any("\nassert " in block.code for block in ran if block.language == "python")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+QUICK = ("add_a_modality",)  # half a minute each: one is run every time, all of them with -m "slow or long"
+
+
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(p, marks=pytest.mark.slow if p.stem in QUICK else pytest.mark.long, id=p.stem) for p in PAGES],
+)
 def test_it_runs(page: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(RUNNER), str(page)],
