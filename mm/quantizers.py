@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import MethodType
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -180,7 +180,7 @@ class Quantizer(nn.Module):
             codebook = cast(Any, module)
             codebook.embed.normal_(generator=random)
             codebook.embed_avg.copy_(codebook.embed)
-            codebook.init_embed_ = MethodType(_fit_in_training, codebook)
+            codebook.init_embed_ = partial(_fit_in_training, codebook)  # unlike a bound method, it can be pickled
 
     def forward(self, latents: Float[Tensor, "B D H W"]) -> Quantized:
         batch, _, rows, columns = latents.shape

@@ -5,8 +5,10 @@ Run as a script it is one of two ranks, see `test_two_ranks_hold_the_same_codebo
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -115,6 +117,18 @@ def test_without_a_threshold_dead_codes_stay_dead() -> None:
     book.embed[0, 3], book.embed_avg[0, 3] = 1e4, 1e4
     assert not (quantizer(torch.randn(4, 4, 6, 6)).ids == 3).any()
     assert book.embed[0, 3].abs().max() > 1e3
+
+
+@pytest.mark.parametrize("name", ["vq", "residual"])
+def test_a_copy_fits_its_own_codebooks(name: str) -> None:
+    """Processes that load data may be started afresh, and are sent the tokenizer; sent back it couldn't be unpickled."""
+    from mm.quantizers import Quantizer
+
+    quantizer = Quantizer(name, **QUANTIZERS[name])  # type: ignore[arg-type]
+    for twin in (pickle.loads(pickle.dumps(quantizer)), copy.deepcopy(quantizer)):
+        twin.train()(torch.randn(4, twin.dim, 6, 6))
+        assert all(bool(book.initted) for book in twin.codebooks())
+    assert not any(bool(book.initted) for book in quantizer.codebooks())
 
 
 def test_the_codebook_finds_the_centres_of_clusters() -> None:
