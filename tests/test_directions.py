@@ -12,7 +12,7 @@ from PIL import Image
 from mm import hub
 from mm.apps._tabs import shelf as app
 from mm.backbone import BackboneConfig
-from mm.data.documents import ImageToText, Interleaved, Template, TextToImage, TextToSpeech
+from mm.data.documents import ImageToText, Interleaved, Template, TextOnly, TextToImage, TextToSpeech
 from mm.directions import shown
 from mm.heads.lm import LMHead
 from mm.interfaces import Encoded, Modality
@@ -60,10 +60,11 @@ def test_pairs_are_what_comes_first_and_what_is_learned(masked: bool) -> None:
         return set(shown(batch(made, *templates), made.vocabulary))
 
     assert pairs(TextToImage(drop=0.0)) == {("text", "image")}
-    assert pairs(TextToImage(drop=0.0, text_loss=True)) == {
-        ("text", "image")
-    }  # a text before anything else is made of nothing
-    assert pairs(TextToImage(drop=1.0)) == set()
+    assert pairs(TextToImage(drop=0.0, text_loss=True)) == {("text", "image"), ("text", "text")}
+    assert pairs(TextToImage(drop=1.0)) == {("image", "image")}  # of nothing
+    assert pairs(TextOnly()) == {("text", "text")}
+    asked = Interleaved(["speaker", "text", "image"], context=["speaker"])
+    assert pairs(asked) == {("text", "text"), ("text", "image")}  # an answer to a question
     assert pairs(ImageToText()) == {("image", "text")}
     assert pairs(TextToImage(drop=0.0), ImageToText()) == {("text", "image"), ("image", "text")}  # documents don't mix
     assert pairs(BY_WORD) == {("text", "speech")}  # the words between the sounds are given
@@ -91,6 +92,19 @@ def test_what_is_known_is_saved_and_decides_what_is_offered(tmp_path: Path) -> N
     loaded.directions = frozenset({("speech", "image"), ("image", "text")})
     told = app._known(Pipeline(loaded))
     assert (told.makes, told.reads, told.takes) == ({"picture"}, {"picture"}, {"picture", "sound"})
+
+
+def test_a_text_alone_is_written_and_a_picture_alone_is_made() -> None:
+    """Of a language model that learns to draw, beside text that it is to remember, it was said that it writes no text; and of one
+    of pictures without captions that it makes nothing."""
+    made = model()
+    made.directions = shown(batch(made, TextToImage(drop=0.0), TextOnly()), made.vocabulary)
+    served = Served("both", Pipeline(made), None)  # type: ignore[arg-type]
+    assert [served.can(task) for task in ("chat", "image", "speech")] == [True, True, False]
+    made.directions = shown(batch(made, TextToImage(drop=1.0)), made.vocabulary)
+    assert [Served("it", Pipeline(made), None).can(task) for task in ("chat", "image")] == [False, True]  # type: ignore[arg-type]
+    told = app._known(Pipeline(made))
+    assert (told.makes, told.reads, told.takes) == ({"picture"}, set(), set())
 
 
 def test_directions_of_strangers_are_checked(tmp_path: Path) -> None:

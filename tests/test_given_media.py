@@ -186,7 +186,10 @@ def test_the_command_cuts_and_says_so(here: Path, capsys: pytest.CaptureFixture[
         ({("film", "text"), ("text", "image")}, ["--from", "a.png"], "no text of pictures; use --to image, or another"),
         ({("film", "text")}, ["--from", "folder"], ""),
         ({("film", "text")}, ["a"], ""),
+        ({("text", "image"), ("text", "text")}, ["a"], ""),
+        ({("text", "image"), ("text", "text")}, ["--from", "a.png"], "no text of pictures; use --to image, or another"),
         (None, ["--from", "a.png"], ""),
+        (None, ["a"], ""),
     ],
 )
 def test_text_of_a_model_that_learned_to_write_none(
@@ -195,6 +198,7 @@ def test_text_of_a_model_that_learned_to_write_none(
 ) -> None:  # fmt: skip
     """It answered with an empty line."""
     model = both()
+    model.by_word = True  # which says nothing of pictures and clips
     model.directions = None if directions is None else frozenset(directions)
     monkeypatch.setattr("mm.hub.load_pretrained", lambda name: model)
     Image.new("RGB", (4, 4), "red").save(here / "a.png")

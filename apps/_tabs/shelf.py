@@ -90,7 +90,8 @@ def facts(
     if directions is None:  # who speaks word by word has learned sounds behind their words only
         read = taken = frozenset(medium for medium in names if not (medium == "sound" and by_word))
     else:
-        taken = frozenset(medium for medium, name in names.items() if any(name == given for given, _ in directions))
+        others = {given for given, made in directions if given != made}
+        taken = frozenset(medium for medium, name in names.items() if name in others)
         beside = set(names.values())  # the host is all that remains
         read = frozenset(m for m in taken if any(g == names[m] and made not in beside for g, made in directions))
     return Facts(

@@ -211,8 +211,9 @@ def check_writes(pipeline: Pipeline, args: Namespace, given: str | None) -> None
 
     model, text = pipeline.model, pipeline.text
     media = {one.name: medium_of(one.tokenizer.spec) for one in model.modalities[1:]}
-    sounds = {name for name, medium in media.items() if medium == "sound"}
-    learned = model.directions or (frozenset((text, name) for name in sounds) if model.by_word else None)
+    # who learned to speak word by word, and has nothing else, learned to speak only
+    speaks = model.by_word and set(media.values()) == {"sound"}
+    learned = model.directions or (frozenset((text, name) for name in media) if speaks else None)
     if not learned:  # nobody knows
         return
     read = {media.get(name) for name, made in learned if made == text}
