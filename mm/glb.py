@@ -1,14 +1,20 @@
-"""GLB, the binary form of glTF 2.0: what a stranger's file may hold before it is parsed, and files that viewers show.
+"""GLB, the binary form of glTF 2.0: the triangles of a stranger's file, and files that viewers show.
 
-A file of few bytes can ask for endless memory: numbers without bytes behind them, one mesh named by a tree of nodes that share
-their children, textures, compressed meshes. `checked` leaves triangles and where they stand, and refuses the rest.
+A file of few bytes can ask for endless memory: numbers without bytes behind them, numbers that overlap, one mesh named by a tree
+of nodes that share their children, a million corners named again for each triangle, textures, compressed meshes. `triangles`
+looks at nothing but triangles and where they stand, takes memory for corners that these use, and refuses the rest.
+
+Letters in shapes: V corners, F triangles.
 """
 
 from __future__ import annotations
 
 import json
 import struct
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
 
 if TYPE_CHECKING:
     from trimesh import Trimesh
@@ -16,21 +22,35 @@ if TYPE_CHECKING:
 MAGIC = b"glTF"
 MAX_JSON = 1 << 24
 MAX_NODES = 1 << 16
+"""Nodes, and parts of all meshes."""
 MAX_DEPTH = 200
 """Nodes within nodes."""
 JSON, BIN = 0x4E4F534A, 0x004E4942
-SIZES = {5120: 1, 5121: 1, 5122: 2, 5123: 2, 5125: 4, 5126: 4}
-"""Bytes of a number, by its code."""
+NUMBERS = {5120: "i1", 5121: "u1", 5122: "<i2", 5123: "<u2", 5125: "<u4", 5126: "<f4"}
+"""Types of numbers, by their code."""
 FLOAT = 5126
-WIDTHS = {"SCALAR": 1, "VEC2": 2, "VEC3": 3, "VEC4": 4}
+WIDTHS = {"SCALAR": 1, "VEC3": 3}
 TRIANGLES, STRIP = 4, 5
 HARMLESS = ("KHR_materials_", "KHR_texture_", "KHR_lights_", "EXT_texture_", "MSFT_")
 """Extensions that say nothing of where triangles are."""
+Soup = tuple[Float[np.ndarray, "V 3"], Int[np.ndarray, "F 3"]]
+"""Corners, and triangles of them."""
 
 
-def checked(data: bytes) -> tuple[bytes, int]:
-    """The same scene with nothing but triangles and nodes, and how many triangles it shows. Raises `ValueError`, saying what is
-    wrong; anything else that goes wrong is for the caller to refuse."""
+class Part(NamedTuple):
+    """Triangles of a mesh, as they lie in the file."""
+
+    places: Float[np.ndarray, "V 3"]
+    indices: Int[np.ndarray, " N"] | None
+    """None: the places as they come."""
+    mode: int
+    count: int
+    """Triangles."""
+
+
+def triangles(data: bytes, max_faces: int) -> tuple[Soup | None, int]:
+    """All triangles that the scene shows, where it puts them, and how many: None if these are too many. Raises `ValueError`,
+    saying what is wrong; anything else that goes wrong is for the caller to refuse."""
     document, binary = _chunks(data)
     for name in document.get("extensionsRequired", ()):
         if not str(name).startswith(HARMLESS):
@@ -39,24 +59,46 @@ def checked(data: bytes) -> tuple[bytes, int]:
         raise ValueError("its numbers lie in another file; save it as one GLB")
     views = [_view(view, len(binary)) for view in document.get("bufferViews", ())]
     accessors = document.get("accessors", [])
-    meshes, sizes = [], []
-    for mesh in document.get("meshes", ()):
-        kept = [_primitive(own, accessors, views) for own in mesh["primitives"]]
-        some = [own for own in kept if own is not None]
-        meshes.append({"primitives": [own for own, _ in some]} if some else None)
-        sizes.append(sum(count for _, count in some))
-    place = {old: new for new, old in enumerate(i for i, mesh in enumerate(meshes) if mesh is not None)}
-    nodes, roots, faces = _nodes(document, sizes, place)
-    used = {"accessors": accessors, "bufferViews": views, "meshes": [mesh for mesh in meshes if mesh is not None]}
-    kept_document = {
-        "asset": {"version": "2.0"},
-        "scene": 0,
-        "scenes": [{"nodes": roots}],
-        "nodes": nodes,
-        "buffers": [{"byteLength": len(binary)}],
-        **used,
-    }
-    return packed(kept_document, binary), faces
+    given = document.get("meshes", [])
+    if (parts := sum(len(mesh["primitives"]) for mesh in given)) > MAX_NODES:
+        raise ValueError(f"its meshes have {parts:,} parts, at most {MAX_NODES:,} are read")
+    meshes = [[_primitive(own, accessors, views, binary) for own in mesh["primitives"]] for mesh in given]
+    sizes = [sum(part.count for part in mesh) for mesh in meshes]
+    shown = [(which, matrix) for which, matrix in _nodes(document) if which < len(sizes) and sizes[which]]
+    faces = sum(sizes[which] for which, _ in shown)
+    if faces > max_faces:
+        return None, faces
+    soups = {which: _joined([_soup(part) for part in meshes[which] if part.count]) for which, _ in shown}
+    return _joined([_moved(soups[which], matrix) for which, matrix in shown]), faces
+
+
+def _moved(soup: Soup, matrix: Float[np.ndarray, "4 4"]) -> Soup:
+    places, faces = soup
+    with np.errstate(all="ignore"):  # what isn't finite then is dropped like all that isn't
+        places = places @ matrix[:3, :3].T + matrix[:3, 3]
+        mirrored = np.linalg.det(matrix[:3, :3]) < 0
+    return places, faces[:, ::-1] if mirrored else faces
+
+
+def _joined(soups: list[Soup]) -> Soup:
+    if not soups:
+        return np.zeros((0, 3)), np.zeros((0, 3), np.int64)
+    starts = np.cumsum([0] + [len(places) for places, _ in soups])
+    faces = [own + start for (_, own), start in zip(soups, starts[:-1], strict=True)]
+    return np.concatenate([places for places, _ in soups]), np.concatenate(faces)
+
+
+def _soup(part: Part) -> Soup:
+    indices = np.arange(len(part.places)) if part.indices is None else part.indices.astype(np.int64)
+    if indices.max() >= len(part.places):
+        raise ValueError(f"a triangle names corner {indices.max()}, but there are {len(part.places)}")
+    if part.mode == STRIP:
+        faces = np.stack((indices[:-2], indices[1:-1], indices[2:]), 1)
+        faces[1::2, :2] = faces[1::2, 1::-1]  # every other one turns the other way
+    else:
+        faces = indices[: 3 * part.count].reshape(-1, 3)
+    used, faces = np.unique(faces, return_inverse=True)
+    return part.places[used].astype(np.float64), faces.reshape(-1, 3)
 
 
 def _chunks(data: bytes) -> tuple[dict[str, Any], bytes]:
@@ -94,28 +136,27 @@ def _view(view: dict[str, Any], available: int) -> dict[str, Any]:
     return out
 
 
-def _primitive(
-    own: dict[str, Any], accessors: list[Any], views: list[dict[str, Any]]
-) -> tuple[dict[str, Any], int] | None:
-    """Triangles with nothing but places, and how many; None for points and lines."""
+def _primitive(own: dict[str, Any], accessors: list[Any], views: list[dict[str, Any]], binary: bytes) -> Part:
+    """Its triangles; of points and lines, none."""
     mode = own.get("mode", TRIANGLES)
     if own.get("extensions", {}).keys() - {"KHR_materials_variants"}:
         raise ValueError("its triangles are compressed; save it without compression")
     if mode not in (TRIANGLES, STRIP):
         if mode in (0, 1, 2, 3):
-            return None
+            return Part(np.zeros((0, 3), np.float32), None, mode, 0)
         raise ValueError("its triangles stand in a fan or of an unknown kind; save it with separate triangles")
-    places = _whole(own["attributes"]["POSITION"])
-    count = _numbers(accessors, places, views, "VEC3", (FLOAT,))
-    out = {"attributes": {"POSITION": places}, "mode": mode}
+    places = _numbers(accessors, _whole(own["attributes"]["POSITION"]), views, binary, "VEC3", (FLOAT,))
+    indices = None
     if "indices" in own:
-        out["indices"] = _whole(own["indices"])
-        count = _numbers(accessors, out["indices"], views, "SCALAR", (5121, 5123, 5125))
-    return out, count // 3 if mode == TRIANGLES else max(count - 2, 0)
+        indices = _numbers(accessors, _whole(own["indices"]), views, binary, "SCALAR", (5121, 5123, 5125))[:, 0]
+    corners = len(places if indices is None else indices)
+    return Part(places, indices, mode, corners // 3 if mode == TRIANGLES else max(corners - 2, 0))
 
 
-def _numbers(accessors: list[Any], which: int, views: list[dict[str, Any]], kind: str, codes: tuple[int, ...]) -> int:
-    """How many elements there are, all within the file."""
+def _numbers(
+    accessors: list[Any], which: int, views: list[dict[str, Any]], binary: bytes, kind: str, codes: tuple[int, ...]
+) -> Any:
+    """The numbers [count, width], as they lie in the file: nothing is copied."""
     accessor = accessors[which]
     if "sparse" in accessor or "bufferView" not in accessor:
         raise ValueError("it has numbers without bytes behind them; save it with all numbers written out")
@@ -125,17 +166,19 @@ def _numbers(accessors: list[Any], which: int, views: list[dict[str, Any]], kind
         )
     view = views[_whole(accessor["bufferView"])]
     count, offset = _whole(accessor["count"]), _whole(accessor.get("byteOffset", 0))
-    element = SIZES[accessor["componentType"]] * WIDTHS[kind]
+    number = np.dtype(NUMBERS[accessor["componentType"]])
+    element = number.itemsize * WIDTHS[kind]
     stride = view.get("byteStride") or element
     if stride < element or (count and offset + stride * (count - 1) + element > view["byteLength"]):
         raise ValueError(f"it promises {count:,} numbers, more than its bytes hold")
-    return count
+    if not count:
+        return np.zeros((0, WIDTHS[kind]), number)
+    begin = view["byteOffset"] + offset
+    return np.ndarray((count, WIDTHS[kind]), number, binary, begin, (stride, number.itemsize))
 
 
-def _nodes(
-    document: dict[str, Any], sizes: list[int], place: dict[int, int]
-) -> tuple[list[dict[str, Any]], list[int], int]:
-    """Nodes as they stand, those that the scene shows, and how many triangles it shows: each node hangs in one place."""
+def _nodes(document: dict[str, Any]) -> list[tuple[int, Float[np.ndarray, "4 4"]]]:
+    """The meshes that the scene shows, and where each stands: each node hangs in one place."""
     given = document.get("nodes", [])
     scenes = document.get("scenes", [])
     if len(given) > MAX_NODES:
@@ -146,24 +189,37 @@ def _nodes(
     else:
         hanging = {child for own in children for child in own}
         roots = [index for index in range(len(given)) if index not in hanging]
-    out: list[dict[str, Any]] = [{} for _ in given]
+    out = []
     seen: set[int] = set()
-    faces = 0
-    waiting = [(root, 0) for root in roots]
+    waiting = [(root, 0, np.eye(4)) for root in roots]
     while waiting:
-        index, depth = waiting.pop()
+        index, depth, above = waiting.pop()
         if index in seen or depth > MAX_DEPTH:
             raise ValueError("its nodes hang in a circle, in two places, or too deep")
         seen.add(index)
-        node = given[index]
-        out[index] = {key: node[key] for key in ("matrix", "translation", "rotation", "scale") if key in node}
-        if "mesh" in node and _whole(node["mesh"]) in place:
-            out[index]["mesh"] = place[node["mesh"]]
-            faces += sizes[node["mesh"]]
-        if children[index]:
-            out[index]["children"] = children[index]
-        waiting.extend((child, depth + 1) for child in children[index])
-    return out, roots, faces
+        with np.errstate(all="ignore"):
+            matrix = above @ _placed(given[index])
+        if "mesh" in given[index]:
+            out.append((_whole(given[index]["mesh"]), matrix))
+        waiting.extend((child, depth + 1, matrix) for child in children[index])
+    return out
+
+
+def _placed(node: dict[str, Any]) -> Float[np.ndarray, "4 4"]:
+    """Where a node stands in the one that holds it."""
+    if "matrix" in node:
+        return np.array(node["matrix"], np.float64).reshape(4, 4).T  # written column by column
+    out = np.eye(4)
+    if "rotation" in node:
+        turn = np.array(node["rotation"], np.float64).reshape(4)
+        x, y, z, w = turn / np.linalg.norm(turn)
+        across = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
+        out[:3, :3] += 2 * (w * across + across @ across)  # Rodrigues' formula, in half angles
+    if "scale" in node:
+        out[:3, :3] *= np.array(node["scale"], np.float64).reshape(3)
+    if "translation" in node:
+        out[:3, 3] = np.array(node["translation"], np.float64).reshape(3)
+    return out
 
 
 def _whole(value: Any) -> int:
@@ -185,8 +241,6 @@ def packed(document: dict[str, Any], binary: bytes) -> bytes:
 
 def written(mesh: Trimesh) -> bytes:
     """A GLB with normals and a plain material that shows both sides, which viewers such as Gradio's `Model3D` light."""
-    import numpy as np
-
     document: dict[str, Any] = {"asset": {"version": "2.0", "generator": "mm"}, "scene": 0}
     if not len(mesh.faces):
         return packed({**document, "scenes": [{"nodes": []}]}, b"")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import os
 import re
+from array import array
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -166,12 +167,10 @@ def _parsed(data: bytes, max_faces: int) -> tuple[Any, int]:
     if kind == "obj":
         if (least := data.count(b"\nf ")) > max_faces:
             return None, least
-        vertices, faces = _obj(data, max_faces)
-        return Trimesh(vertices, faces, process=False), len(faces)
-    if kind == "glb":
-        data, count = glb.checked(data)
-    else:
-        count = {"stl": _check_stl, "ply": _check_ply, "off": _check_off}[kind](data)
+    if kind in ("obj", "glb"):
+        soup, count = (glb.triangles if kind == "glb" else _obj)(data, max_faces)
+        return None if soup is None else Trimesh(*soup, process=False), count
+    count = {"stl": _check_stl, "ply": _check_ply, "off": _check_off}[kind](data)
     if count > max_faces:
         return None, count
     found: Any = load(io.BytesIO(data), file_type=kind, process=False, skip_materials=True)
@@ -184,30 +183,33 @@ def _scene_faces(scene: Any) -> int:
     return sum(sizes.get(scene.graph[node][1], 0) for node in scene.graph.nodes_geometry)
 
 
-def _obj(data: bytes, max_faces: int) -> tuple[Float[np.ndarray, "V 3"], Int[np.ndarray, "F 3"]]:
-    """Corners and faces alone: materials, groups, normals and textures are left out. Polygons become fans."""
-    vertices: list[list[bytes]] = []
+def _obj(data: bytes, max_faces: int) -> tuple[glb.Soup | None, int]:
+    """Corners and faces alone, and how many faces, at least: None if these are too many. Materials, groups, normals and textures
+    are left out; polygons become fans."""
+    places = array("d")
     faces: list[tuple[int, int, int]] = []
-    for line in data.replace(b"\\\r\n", b" ").replace(b"\\\n", b" ").splitlines():
-        words = line.split()
+    for line in io.BytesIO(data.replace(b"\\\r\n", b" ").replace(b"\\\n", b" ").replace(b"\r", b"\n")):
+        words = line.split(None, max_faces + 4)  # of a face with more corners the rest doesn't matter
         if not words or words[0] not in (b"v", b"f"):
             continue
+        count = len(places) // 3
         if words[0] == b"v":
             if len(words) < 4 or max(map(len, words[1:4])) > MAX_TOKEN:
-                raise ValueError(f"vertex {len(vertices) + 1} has no three coordinates")
-            vertices.append(words[1:4])
+                raise ValueError(f"vertex {count + 1} has no three coordinates")
+            places.extend([float(word) for word in words[1:4]])
             continue
+        if len(faces) + len(words) - 3 > max_faces:
+            return None, len(faces) + len(words) - 3
         corners = [int(word.partition(b"/")[0][:MAX_TOKEN]) for word in words[1:]]
-        corners = [corner - 1 if corner > 0 else len(vertices) + corner for corner in corners]
+        corners = [corner - 1 if corner > 0 else count + corner for corner in corners]
         if any(corner < 0 for corner in corners):
             raise ValueError("a face names a vertex before the first")
         faces.extend((corners[0], b, c) for b, c in zip(corners[1:], corners[2:], strict=False))
-        if len(faces) > max_faces:
-            break  # one too many is refused by the caller
-    if faces and max(map(max, faces)) >= len(vertices):
-        raise ValueError(f"a face names vertex {max(map(max, faces)) + 1}, but there are {len(vertices)}")
-    places = np.array([[float(word) for word in vertex] for vertex in vertices], np.float64).reshape(-1, 3)
-    return places, np.array(faces, np.int64).reshape(-1, 3)
+    count = len(places) // 3
+    if faces and max(map(max, faces)) >= count:
+        raise ValueError(f"a face names vertex {max(map(max, faces)) + 1}, but there are {count}")
+    soup = np.array(places, np.float64).reshape(-1, 3), np.array(faces, np.int64).reshape(-1, 3)
+    return soup, len(faces)
 
 
 def _stl_count(data: bytes) -> int:
