@@ -309,6 +309,16 @@ def test_a_conversation_of_all_media(every: Shelf, tmp_path: Path) -> None:
     assert all(isinstance(part, str) for part in talk.said[-1][1]), "the words of a recording"
 
 
+def test_a_shape_of_the_conversation_is_none_of_pictures(every: Shelf, painter: TextToImagePipeline) -> None:
+    """Where earlier messages count, models that know pictures alone were chosen to read it."""
+    from mm.shapes import Shape
+
+    assert chat.kind_of(solid := Shape(np.ones((8, 8, 8), bool))) == "shape"
+    both = Shelf({"pictures": painter, "all": every.open("all", AnyToAnyPipeline)})
+    given = {chat.kind_of(part) for part in ("a box", solid)} - {"text"}
+    assert chat.choose(both, given, "picture") == "all"
+
+
 def test_mistakes_in_a_conversation(gr: Any, every: Shelf, painter: TextToImagePipeline, tmp_path: Path) -> None:
     save_audio(tmp_path / "a.wav", Audio(np.zeros(400, np.float32), 8000))
     (tmp_path / "a.svg").write_bytes(SVG)

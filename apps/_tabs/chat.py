@@ -198,11 +198,11 @@ def _usual(speaker: Any) -> tuple[Any, ...]:
 
 def kind_of(part: Any) -> str:
     from mm.audio import Audio
+    from mm.shapes import Shape
     from mm.video import Video
 
-    if isinstance(part, str):
-        return "text"
-    return "sound" if isinstance(part, Audio) else "video" if isinstance(part, Video) else "picture"
+    kinds: dict[type, str] = {str: "text", Audio: "sound", Video: "video", Shape: "shape"}
+    return next((kind for cls, kind in kinds.items() if isinstance(part, cls)), "picture")
 
 
 def choose(shelf: Shelf, given: set[str], target: str | None) -> str:
