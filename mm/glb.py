@@ -44,7 +44,7 @@ class Part(NamedTuple):
     indices: Int[np.ndarray, " N"] | None
     """None: the places as they come."""
     mode: int
-    count: int
+    faces: int
     """Triangles."""
 
 
@@ -63,12 +63,14 @@ def triangles(data: bytes, max_faces: int) -> tuple[Soup | None, int]:
     if (parts := sum(len(mesh["primitives"]) for mesh in given)) > MAX_NODES:
         raise ValueError(f"its meshes have {parts:,} parts, at most {MAX_NODES:,} are read")
     meshes = [[_primitive(own, accessors, views, binary) for own in mesh["primitives"]] for mesh in given]
-    sizes = [sum(part.count for part in mesh) for mesh in meshes]
+    sizes = [sum(part.faces for part in mesh) for mesh in meshes]
     shown = [(which, matrix) for which, matrix in _nodes(document) if which < len(sizes) and sizes[which]]
     faces = sum(sizes[which] for which, _ in shown)
     if faces > max_faces:
         return None, faces
-    soups = {which: _joined([_soup(part) for part in meshes[which] if part.count]) for which, _ in shown}
+    soups = {
+        which: _joined([_soup(part) for part in meshes[which] if part.faces]) for which in {which for which, _ in shown}
+    }
     return _joined([_moved(soups[which], matrix) for which, matrix in shown]), faces
 
 
@@ -96,7 +98,7 @@ def _soup(part: Part) -> Soup:
         faces = np.stack((indices[:-2], indices[1:-1], indices[2:]), 1)
         faces[1::2, :2] = faces[1::2, 1::-1]  # every other one turns the other way
     else:
-        faces = indices[: 3 * part.count].reshape(-1, 3)
+        faces = indices[: 3 * part.faces].reshape(-1, 3)
     used, faces = np.unique(faces, return_inverse=True)
     return part.places[used].astype(np.float64), faces.reshape(-1, 3)
 
