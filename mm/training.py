@@ -86,6 +86,8 @@ class ModelTraining(pl.LightningModule):
             and (self.model.process(number) is not None or hasattr(m.head, "process"))
         }
         """First vectors of the modalities whose spread isn't known yet."""
+        self._looks = 0
+        """Batches of this run whose directions were noted."""
         if initial is not None and adopt is not None:
             raise ValueError("give initial (the same tokenizers) or adopt (others), not both")
         if initial is not None:
@@ -115,7 +117,9 @@ class ModelTraining(pl.LightningModule):
 
     def training_step(self, batch: TokenStream, batch_idx: int) -> Tensor:
         self._check_spread(batch)
-        if batch_idx < 200 or batch_idx % 100 == 0:
+        # the first ones of this run, not of the epoch: one that goes on may begin with nothing known
+        if self._looks < 200 or batch_idx % 100 == 0:
+            self._looks += 1
             self.model.directions = (self.model.directions or frozenset()) | shown(batch, self.model.vocabulary)
         # on an accelerator the look costs a synchronisation, so that it is rare where conditions are never dropped
         if not self.model.null_seen and (batch_idx < 100 or batch_idx % 100 == 0):

@@ -58,6 +58,8 @@ def test_a_run_leaves_logs_checkpoints_and_a_model_and_goes_on(here: Path, tmp_p
     logs = run / "logs" / "version_0"
     assert (run / "checkpoints" / "last.ckpt").is_file() and (logs / "config.yaml").is_file()
     assert list(logs.glob("events.out.tfevents*")) and list(logs.glob("samples/step-*.png"))
+    noted = load_pretrained(run / "model").directions
+    assert noted is not None and {("text", "image")} <= noted <= {("text", "image"), ("image", "image")}
     with (logs / "metrics.csv").open() as file:
         steps = [int(row["step"]) for row in csv.DictReader(file) if row["train/loss"]]
     assert steps == [0, 1, 2, 3]
