@@ -110,6 +110,25 @@ def test_what_is_emptied_before_a_file() -> None:
     assert replaced({"more": [{"x": 1}, {"x": 2}]}, known) == {"more": []}
 
 
+def test_a_list_is_emptied_of_the_class_that_has_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Between two data modules that have lists of one length stood one whose `train` is none, and it was told to empty it."""
+    shapes = {"class_path": "mm.data.shapes.ShapesSource"}
+    own = {"source": {"class_path": "mm.data.sources.FolderSource", "init_args": {"path": "a"}}}
+    own["template"] = {"class_path": "mm.data.documents.TextToImage"}
+    given: list[str] = []
+    for name, args in (
+        ("mm.data.shape_batches.ShapeDataModule", {"train": shapes, "validation": shapes}),
+        ("mm.data.module.MultimodalDataModule", {"train": [own, own]}),
+    ):
+        file = tmp_path / f"{len(given)}.yaml"
+        file.write_text(yaml.safe_dump({"data": {"class_path": name, "init_args": args}}))
+        given += ["-c", str(file)]
+    with pytest.raises(SystemExit):
+        main(["fit", "-c", "base.yaml", "-c", "modalities/text.yaml", *given, "--print_config"])
+    train = yaml.safe_load(capsys.readouterr().out)["data"]["init_args"]["train"]
+    assert [part["source"]["init_args"]["path"] for part in train] == ["a", "a"]
+
+
 def test_two_ranks_validate_draw_samples_and_go_on(here: Path, tmp_path: Path) -> None:
     """What only the first rank does (samples, the exported model) must not leave it waiting for the other."""
     program = "import sys; from mm.cli import main; sys.exit(main(sys.argv[1:]))"

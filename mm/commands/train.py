@@ -230,6 +230,8 @@ def replaced(value: Mapping[str, Any], known: dict[tuple[str, ...], int], path: 
         place = (*path, str(key).removesuffix("+"))
         if isinstance(inner, dict):
             if below := replaced(inner, known, place):
+                if "class_path" in inner:  # what stands there now may be of a class that has no such list
+                    below["class_path"] = inner["class_path"]
                 out[key] = below
         elif isinstance(inner, list):
             count = len(inner)
