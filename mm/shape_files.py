@@ -173,7 +173,8 @@ def _parsed(data: bytes, max_faces: int) -> tuple[Any, int]:
     count = {"stl": _check_stl, "ply": _check_ply, "off": _check_off}[kind](data)
     if count > max_faces:
         return None, count
-    found: Any = load(io.BytesIO(data), file_type=kind, process=False, skip_materials=True)
+    with np.errstate(all="ignore"):  # numbers that are none are dropped afterwards
+        found: Any = load(io.BytesIO(data), file_type=kind, process=False, skip_materials=True)
     return found, len(found.faces) if hasattr(found, "faces") else _scene_faces(found)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -142,13 +143,24 @@ def _nearest(mesh: Trimesh, pose: Any, size: int) -> tuple[Any, Any, Any]:
 
 
 def checked_poses(count: int, size: int, poses: Any = None) -> Float[np.ndarray, "V 4 4"]:
-    """Poses all round, or the given ones. Raises `ValueError` for a count or a size that is out of bounds."""
-    _check(count if poses is None else len(poses), size)
-    return around(count) if poses is None else np.asarray(poses, np.float32)
+    """Poses all round, or the given ones. Raises `ValueError` for a count or a size that is out of bounds, and for poses that
+    are none."""
+    if poses is None:
+        _check(count, size)
+        return around(count)
+    found = np.asarray(poses)
+    if found.ndim != 3 or found.shape[1:] != (4, 4) or found.dtype.kind not in "iuf" or not np.isfinite(found).all():
+        raise ValueError(
+            f"poses are a list of camera-to-world matrices of 4×4 finite numbers, got {found.dtype} {list(found.shape)}; "
+            "pose_at and around make some"
+        )
+    _check(len(found), size)
+    return found.astype(np.float32)
 
 
 def _check(count: int, size: int) -> None:
-    if not 1 <= count <= MAX_VIEWS or not 1 <= size <= MAX_SIDE:
+    whole = isinstance(count, Integral) and isinstance(size, Integral)
+    if not whole or not 1 <= count <= MAX_VIEWS or not 1 <= size <= MAX_SIDE:
         raise ValueError(
-            f"a shape is shown by 1 to {MAX_VIEWS} pictures of 1 to {MAX_SIDE} pixels a side, got {count} of {size}"
+            f"a shape is shown by 1 to {MAX_VIEWS} pictures of 1 to {MAX_SIDE} pixels a side, got {count!r:.40} of {size!r:.40}"
         )

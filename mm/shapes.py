@@ -47,9 +47,12 @@ class Shape:
                 f"{grid.dtype} {list(grid.shape)}"
             )
         check_size(len(grid))
-        if grid.dtype.kind == "f" and not np.isfinite(grid).all():
-            raise ValueError("a shape's distances must be finite numbers, got NaN or infinity among them")
-        object.__setattr__(self, "grid", grid if grid.dtype == bool else grid.astype(np.float32, copy=False))
+        if grid.dtype != bool:
+            with np.errstate(over="ignore"):  # too large for 32 bits is infinite, and refused as that
+                grid = grid.astype(np.float32, copy=False)
+            if not np.isfinite(grid).all():
+                raise ValueError("a shape's distances must be finite numbers, got NaN or infinity among them")
+        object.__setattr__(self, "grid", grid)
 
     @property
     def size(self) -> int:
@@ -124,8 +127,10 @@ def to_npz(shape: Shape) -> bytes:
     """The grid as an `.npz` file with the array `grid`, without loss; distances take 16 bits where these suffice. The mesh that
     it was made of is left out."""
     grid = shape.grid
-    if grid.dtype != bool and np.array_equal(grid.astype(np.float16), grid):
-        grid = grid.astype(np.float16)
+    if grid.dtype != bool:
+        with np.errstate(over="ignore"):
+            short = grid.astype(np.float16)
+        grid = short if np.array_equal(short, grid) else grid
     file = io.BytesIO()
     np.savez_compressed(file, grid=grid)
     return file.getvalue()
@@ -163,4 +168,6 @@ def _grid(data: bytes) -> np.ndarray[Any, Any]:
         values = file.read(size + 1)  # no more than that is unpacked
         if len(values) != size:
             raise ValueError(f"its array doesn't hold the {dtype} {list(shape)} that its header promises")
-    return np.frombuffer(values, dtype).reshape(shape, order="F" if columns_first else "C")
+    # any byte but 0 is true: a bool that is another number than 1 would be counted as that number
+    array = np.frombuffer(values, np.uint8) != 0 if dtype.kind == "b" else np.frombuffer(values, dtype)
+    return array.reshape(shape, order="F" if columns_first else "C")

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from mm import saved
 from mm.shape_views import AMBIENT, DISTANCE, INK, LIGHTS, Views, rays
 from mm.voxels import TRUNCATION
 
@@ -43,6 +44,8 @@ class Rays(NamedTuple):
     directions: Float[Tensor, "B R 3"]
     forward: Float[Tensor, "B R 3"]
     """Where the camera looks, of length 1 like the direction of the ray."""
+    right: Float[Tensor, "B R 3"]
+    """The camera's, of length 1: its light stands with it."""
     mask: Float[Tensor, "B R"]
     """1 where the shape is."""
     depth: Float[Tensor, "B R"]
@@ -79,12 +82,13 @@ class Rendering:
     beta: float = 0.005
 
     def __post_init__(self) -> None:
+        for name in ("alpha", "depth", "colour", "beta"):
+            saved.number(name, getattr(self, name))
         weights = (self.alpha, self.depth, self.colour)
         if not all(math.isfinite(w) and w >= 0 for w in weights) or not any(weights):
             raise ValueError(f"alpha, depth and colour are weights from 0 on, and one above it, got {weights}")
         for name, least, most in (("rays", 1, 1 << 16), ("coarse", 2, 512), ("fine", 0, 512)):
-            if not least <= getattr(self, name) <= most:
-                raise ValueError(f"{name} is from {least} to {most:,}, got {getattr(self, name)}")
+            saved.whole_number(name, getattr(self, name), least, most)
         if not 1e-4 <= self.beta <= 1:
             raise ValueError(f"beta, in sides of the cube, is from 0.0001 to 1, got {self.beta}")
 
@@ -120,10 +124,12 @@ def pixels(pictures: Float[Tensor, "B V C S S"], count: int, generator: torch.Ge
         return values.gather(1, chosen[..., None].expand(-1, -1, values.shape[-1]))
 
     forward, directions = at(forward), at(directions)
+    up = torch.tensor((0.0, 1.0, 0.0)).to(forward).expand_as(forward)  # no camera all round is tilted
     return Rays(
         origins=0.5 - DISTANCE * forward,
         directions=directions,
         forward=forward,
+        right=F.normalize(torch.linalg.cross(forward, up), dim=-1),
         mask=there.gather(1, chosen).to(colour.dtype),
         depth=at(depth)[..., 0] + DISTANCE,
         colour=at(colour),
@@ -207,10 +213,7 @@ def colours(field: Field, seen: Rays, found: Rendered, step: float) -> Float[Ten
     values = field((points[:, :, None] + shifts).flatten(1, 2)).to(points.dtype).unflatten(1, (-1, 6))
     outward = values[..., 3:] - values[..., :3]  # solidity falls outward
     normals = F.normalize(outward, dim=-1, eps=1e-4)
-    right = F.normalize(
-        torch.linalg.cross(seen.forward, torch.tensor((0.0, 1.0, 0.0)).to(points).expand_as(points)), dim=-1
-    )
-    axes = torch.stack((right, torch.linalg.cross(right, seen.forward), -seen.forward), dim=-1)
+    axes = torch.stack((seen.right, torch.linalg.cross(seen.right, seen.forward), -seen.forward), dim=-1)
     local = torch.einsum("brij,bri->brj", axes, normals)
     # both sides of a face are seen: the one towards the viewer
     toward = (normals * seen.directions).sum(-1, keepdim=True)
@@ -228,13 +231,15 @@ def views_of(field: Field, poses: Any, size: int, coarse: int = 64, fine: int = 
 
     poses = np.asarray(poses, np.float32)
     origins, directions = (torch.from_numpy(part).reshape(1, -1, 3) for part in rays(poses, size))
-    forward = torch.from_numpy(-poses[:, :3, 2]).repeat_interleave(size**2, dim=0)[None]
+    forward, right = (
+        torch.from_numpy(axis).repeat_interleave(size**2, dim=0)[None] for axis in (-poses[:, :3, 2], poses[:, :3, 0])
+    )
     rgb, depth = [], []
-    for o, d, f in zip(*(part.split(AT_ONCE, dim=1) for part in (origins, directions, forward)), strict=True):
+    for o, d, f, r in zip(*(part.split(AT_ONCE, dim=1) for part in (origins, directions, forward, right)), strict=True):
         found = render(field, o, d, coarse, fine, beta)
         nothing = torch.zeros_like(found.alpha)
         there = found.alpha > 0.5
-        surface = colours(field, Rays(o, d, f, nothing, nothing, torch.zeros_like(o)), found, TRUNCATION / 4)
+        surface = colours(field, Rays(o, d, f, r, nothing, nothing, torch.zeros_like(o)), found, TRUNCATION / 4)
         alpha = found.alpha[..., None]
         rgb.append(alpha * (surface + 1) / 2 + 1 - alpha)
         depth.append(torch.where(there, found.distance * (d * f).sum(-1), nothing))

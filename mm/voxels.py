@@ -9,6 +9,7 @@ Letters in shapes: N cells a side, F triangles, P points.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,8 +36,8 @@ ASIDE = (1.9e-7, 2.3e-7, 3.1e-7)
 def normalised(mesh: Trimesh, margin: float = 0.05) -> Trimesh:
     """A copy in the middle of the unit cube, its longest side 1 − 2·margin. Raises `ValueError` for an empty mesh or one
     that is a single point."""
-    if not 0 <= margin < 0.5:
-        raise ValueError(f"the margin around a shape is at least 0 and below half the cube, got {margin}")
+    if not isinstance(margin, Real) or not 0 <= margin < 0.5:
+        raise ValueError(f"the margin around a shape is at least 0 and below half the cube, got {margin!r:.60}")
     if not len(mesh.faces):
         raise ValueError("an empty mesh has no size; give one with faces")
     used = np.asarray(mesh.vertices)[np.unique(mesh.faces)]
@@ -77,9 +78,9 @@ def sdf(mesh: Trimesh, n: int = 32, truncation: float = TRUNCATION) -> Float[np.
     from scipy.spatial import cKDTree
     from trimesh.triangles import closest_point
 
-    if not 0 < truncation <= MAX_TRUNCATION:
+    if not isinstance(truncation, Real) or not 0 < truncation <= MAX_TRUNCATION:
         raise ValueError(
-            f"truncation must be above 0 and at most {MAX_TRUNCATION:g} sides of the cube, got {truncation}"
+            f"truncation must be above 0 and at most {MAX_TRUNCATION:g} sides of the cube, got {truncation!r:.60}"
         )
     check_size(n)
     inside = _filled(mesh, n)
@@ -118,8 +119,8 @@ def distance_of(occupied: Bool[np.ndarray, "N N N"], truncation: float = TRUNCAT
 
 
 def check_size(n: int) -> None:
-    if not 2 <= n <= MAX_SIZE:
-        raise ValueError(f"grids have 2 to {MAX_SIZE} cells a side, got {n}")
+    if not isinstance(n, Integral) or not 2 <= n <= MAX_SIZE:
+        raise ValueError(f"grids have 2 to {MAX_SIZE} cells a side, got {n!r:.60}")
 
 
 def _corners(mesh: Trimesh, n: int) -> Float[np.ndarray, "F 3 3"]:
@@ -231,6 +232,8 @@ def mesh_from_grid(values: Any, level: float = 0.5) -> tuple[Trimesh, bool, str]
         raise ValueError(
             f"a grid has three axes of 1 to {MAX_SIZE} cells and numbers in it, got {values.dtype} {list(values.shape)}"
         )
+    if not isinstance(level, Real):
+        raise ValueError(f"the level of a surface is a number, got {level!r:.60}")
     n = max(values.shape)
     field = np.clip(np.nan_to_num(values.astype(np.float64) - level, nan=-1, posinf=1, neginf=-1), -1e6, 1e6)
     if not (field > 0).any():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,7 @@ import trimesh
 from torch import Tensor
 
 from mm.shape_tokenizer import pictures_of, solidity
-from mm.shape_views import around, views
+from mm.shape_views import around, pose_at, views
 from mm.shapes import Shape, as_shape
 from mm.tokenizers.triplane_msvq import TriplaneMSVQ
 from mm.tokenizers.voxel_vq import VoxelVQ
@@ -126,12 +128,25 @@ def test_pictures_alone_teach_a_shape(kind: str, shape: Shape) -> None:
     assert (drawn.mask & truth.mask).sum() / (drawn.mask | truth.mask).sum() > 0.6
 
 
+def test_light_stands_with_the_camera(shape: Shape) -> None:
+    """Also with one that looks straight down or is tilted."""
+    tilt = np.eye(4)
+    tilt[:2, :2] = [[0, -1], [1, 0]]
+    for pose in (pose_at(0.3, math.pi / 2), pose_at(0.3, 0.4) @ tilt):
+        truth = views(shape.mesh, 1, 48, pose[None])
+        drawn = views_of(partial(between_cells, solidity(shape)[None]), pose[None], 48)
+        both = truth.mask & drawn.mask
+        assert both.sum() > 200 and np.abs(truth.rgb[both].astype(int) - drawn.rgb[both]).mean() < 12
+
+
 def test_rendering_is_checked(shape: Shape) -> None:
     for settings, message in (
         (dict(alpha=0, depth=0, colour=0), "one above it"),
         (dict(depth=-1), "weights from 0 on"),
-        (dict(rays=0), "rays is from 1"),
-        (dict(coarse=1), "coarse is from 2"),
+        (dict(rays=0), r"rays must be a whole number in 1\.\."),
+        (dict(rays=1.5), "rays must be a whole number"),
+        (dict(coarse=1), r"coarse must be a whole number in 2\.\."),
+        (dict(alpha="much"), "alpha must be a number"),
         (dict(beta=0), "beta, in sides"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import zipfile
+
 import numpy as np
 import pytest
 import trimesh
@@ -161,6 +164,52 @@ def test_distances_that_are_no_numbers_are_refused() -> None:
         sdf(ball(), 16, 0)
     with pytest.raises(ValueError, match="three axes"):
         mesh_from_grid(np.zeros((2, 2)))
+
+
+def test_numbers_too_large_for_the_grid() -> None:
+    with pytest.raises(ValueError, match="finite numbers"):
+        Shape(np.full((4, 4, 4), 1e300))
+    far = Shape(np.full((4, 4, 4), 1e6, np.float32))  # too large for 16 bits
+    assert np.array_equal(load_shape(to_npz(far), 4).grid, far.grid)
+
+
+def test_any_byte_but_zero_is_inside() -> None:
+    """Numpy counts a bool as the number that it is."""
+    with zipfile.ZipFile(io.BytesIO(to_npz(Shape(np.zeros((4, 4, 4), bool))))) as archive:
+        data = archive.read("grid.npy")
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("grid.npy", data[:-64] + bytes([0, 255] * 32))
+    grid = load_shape(file.getvalue(), 4).grid
+    assert grid.dtype == bool and set(grid.view(np.uint8).flat) == {0, 1} and grid.sum() == 32
+
+
+@pytest.mark.parametrize("wrong", ["32", None, 1.5, [8]])
+def test_what_is_no_number_is_refused(wrong: object) -> None:
+    mesh = trimesh.creation.icosphere(1, 0.4).apply_translation((0.5,) * 3)
+    for call in (
+        lambda: occupancy(mesh, wrong),
+        lambda: sdf(mesh, wrong),
+        lambda: as_shape(mesh, wrong),
+        lambda: views(mesh, wrong),
+        lambda: views(mesh, 1, wrong),
+        lambda: turntable(mesh, wrong),
+    ):
+        with pytest.raises(ValueError, match="got"):
+            call()
+    for call in (
+        lambda: sdf(mesh, 8, "far"),
+        lambda: normalised(mesh, None),
+        lambda: mesh_from_grid(np.ones((4,) * 3), "x"),
+    ):
+        with pytest.raises(ValueError, match="got"):
+            call()
+
+
+@pytest.mark.parametrize("poses", [np.eye(4), np.zeros((1, 3, 3)), 5, "x", [], [[[1]]], np.full((1, 4, 4), np.nan)])
+def test_poses_are_matrices(poses: object) -> None:
+    with pytest.raises(ValueError, match="poses are"):
+        views(trimesh.creation.icosphere(1, 0.4), 1, 8, poses)
 
 
 def test_grids_as_files(tmp_path) -> None:
