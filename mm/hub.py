@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 WEIGHTS, CARD = "model.safetensors", "README.md"
 SHIPPED = Path(__file__).resolve().parent / "checkpoints"
 """Checkpoints that come with the package, by the name of their folder."""
+USUAL = "mm-tiny"
+"""The shipped checkpoint that answers first."""
 MAX_VOICES, MAX_NAME = 4096, 100
 """Voices of a model, and characters of the name of one."""
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
@@ -149,6 +151,16 @@ def check_directions(pairs: Any, names: Iterable[str], what: str) -> frozenset[t
 def shipped() -> tuple[str, ...]:
     """Names of the checkpoints that come with the package."""
     return tuple(sorted(path.parent.name for path in SHIPPED.glob(f"*/{CONFIG}")))
+
+
+def usual(given: str, made: str) -> str:
+    """The checkpoint that answers where none is named: of the shipped ones the first, `USUAL` before all others, that has learned
+    to make `made` of `given` (modalities by the names that shipped checkpoints give them: text, image, speech, video, shape);
+    where none has, `USUAL`, which says what it makes instead."""
+    for name in sorted(shipped(), key=lambda name: name != USUAL):
+        if [given, made] in (read_config(SHIPPED / name).get("directions") or []):
+            return name
+    return USUAL
 
 
 def resolve(path_or_name: str | os.PathLike[str]) -> Path:

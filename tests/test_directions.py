@@ -111,3 +111,15 @@ def test_directions_of_strangers_are_checked(tmp_path: Path) -> None:
     for bad in ("text", [["text"]], [["text", "smell"]], [[1, 2]], 7, [["text", "image"]] * 50):
         with pytest.raises(ValueError, match="directions"):
             hub.check_directions(bad, ["text", "image"], "the checkpoint")
+
+
+def test_a_shipped_model_that_learned_it_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "SHIPPED", tmp_path)
+    assert hub.usual("text", "image") == "mm-tiny", "which then says that there is none"
+    made = model()
+    for name, pairs in (("a", None), ("b", {("text", "speech"), ("text", "image")}), ("mm-tiny", {("text", "image")})):
+        made.directions = None if pairs is None else frozenset(pairs)
+        hub.save_pretrained(made, tmp_path / name)
+    assert hub.usual("text", "image") == "mm-tiny"
+    assert hub.usual("text", "speech") == "b"
+    assert hub.usual("speech", "text") == "mm-tiny"

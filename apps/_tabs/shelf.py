@@ -26,7 +26,7 @@ MAKERS = {
     "video": "mm.pipelines.text_to_video.TextToVideoPipeline",
     "shape": "mm.pipelines.text_to_3d.TextTo3DPipeline",
 }
-"""Medium → the pipeline that makes it of a text; it says which shipped checkpoint is usual for that."""
+"""Medium → the pipeline that makes it of a text."""
 READERS = {
     "picture": "mm.pipelines.image_to_text.ImageToTextPipeline",
     "sound": "mm.pipelines.speech_to_text.SpeechToTextPipeline",
@@ -137,19 +137,17 @@ class Shelf:
     """The models that the app has.
 
     Args:
-        given: loaded models by their names, which serve every tab they can; None: the shipped checkpoint that is usual for
-            each task, loaded on first use.
+        given: loaded models by their names, which serve every tab they can; None: the shipped ones, loaded on first
+            use.
     """
 
     def __init__(self, given: Mapping[str, Pipeline] | None = None) -> None:
         self.loaded: dict[str, Pipeline] = dict(given or {})
-        self.usual = {medium: _find(path).usual for medium, path in MAKERS.items()} if given is None else {}
         if given is None:
-            from mm.hub import shipped
-            from mm.pipelines.base import Pipeline
+            from mm.hub import USUAL, shipped
 
-            wanted = dict.fromkeys((Pipeline.usual, *self.usual.values()))
-            self.facts = {name: _described(name) for name in wanted if name in shipped()}
+            models = (name for name in shipped() if name.startswith("mm-"))  # the others are tokenizers
+            self.facts = {name: _described(name) for name in sorted(models, key=lambda name: name != USUAL)}
         else:
             self.facts = {name: _known(pipeline) for name, pipeline in given.items()}
         self.lock = threading.Lock()
@@ -161,9 +159,8 @@ class Shelf:
         return list(self.facts)
 
     def makers(self, medium: str) -> list[str]:
-        """Models that make a medium of a text, the usual one first."""
-        able = [name for name, known in self.facts.items() if medium in known.makes]
-        return sorted(able, key=lambda name: name != self.usual.get(medium))
+        """Models that make a medium of a text, in the order in which they are kept."""
+        return [name for name, known in self.facts.items() if medium in known.makes]
 
     def readers(self, medium: str) -> list[str]:
         """Models that read a medium, in the order in which they are kept."""

@@ -82,8 +82,8 @@ def arguments(argv: list[str]) -> Namespace:
     )
     add(
         "--model",
-        help="a shipped checkpoint, a folder, or owner/name on the hub; default: mm-tiny, mm-speech for --to speech, mm-video "
-        "for --to video, mm-3d for shapes",
+        help="a shipped checkpoint, a folder, or owner/name on the hub; default: mm-tiny, or where it "
+        "hasn't learned this, the shipped one that has",
     )
     add("--out", metavar="PATH", help="file or folder; all but texts have a name made of the prompt by default")
     add("--num", type=int, default=1, metavar="N", help="how many; with several pictures also a contact sheet of them")
@@ -119,7 +119,7 @@ def main(argv: list[str]) -> int:
     if args.out:  # what can't be written is refused before the work
         writable(making.place(args.out, args.to))
     check_given(args)
-    args.model = args.model or usual("3d" if making.solids(args) else args.to)
+    args.model = args.model or usual(args)
     args.max_tokens = 128 if args.max_tokens is None else args.max_tokens
     pipeline = AnyToAnyPipeline.from_pretrained(args.model, args.device)
     choose_threads(pipeline.model, args.threads)
@@ -154,13 +154,18 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def usual(kind: str) -> str:
-    """The shipped checkpoint for what comes out."""
-    from mm.hub import shipped
+def usual(args: Namespace) -> str:
+    """The shipped checkpoint for what goes in and what comes out."""
+    from mm.commands import making
+    from mm.hub import usual
+    from mm.pipelines.media import CLIPS, SOUNDS
 
-    wanted = {"speech": "mm-speech", "video": "mm-video", "3d": "mm-3d"}.get(kind, "mm-tiny")
-    later = kind in ("video", "3d")  # where there is none, mm-tiny says what makes it
-    return wanted if not later or wanted in shipped() else "mm-tiny"
+    given = "text"
+    if args.to == "text" and args.given:
+        ending = Path(args.given[0]).suffix.lower()
+        given = "shape" if making.solids(args) else "speech" if ending in SOUNDS else "image"
+        given = "video" if ending in CLIPS - SOUNDS else given
+    return usual(given, {"3d": "shape"}.get(args.to, args.to))
 
 
 def check_given(args: Namespace) -> None:

@@ -1,8 +1,8 @@
 """Dialogues made on the fly from clips of speech: one channel speaks, the other is silent or noisy, and may interrupt.
 
 After LSLM (Ma et al. 2024, arXiv 2408.02622, section 4.1): noise with probability 0.5, an interruption with probability 0.5 at a
-random time, and the speaker stops a while after it begins. The paper's while is 0.5 s; here it is 0.25 s unless it is set, so that
-a model that learned it stops within half a second of the interruption even if it hesitates.
+random time, and the speaker stops a while after it begins. The paper's while is 0.5 s; here it is 0.25 s unless it is set, so
+that a model that learned it stops within half a second of the interruption even if it hesitates.
 
 Letters in shapes: S samples.
 """

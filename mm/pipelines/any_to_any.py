@@ -42,6 +42,8 @@ Document = Part | Sequence[Part]
 class AnyToAnyPipeline(ShapeReader):
     """`pipeline(["a cat:", Path("cat.png"), "and a dog:"], to=["image"]).documents[0]`."""
 
+    direction = ("text", "image")
+
     @torch.no_grad()
     def __call__(
         self,

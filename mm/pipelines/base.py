@@ -64,8 +64,8 @@ class Pipeline:
         batch_size: rows that are generated at once; more are generated batch after batch.
     """
 
-    usual = "mm-tiny"
-    """The shipped checkpoint that `from_pretrained` loads by default."""
+    direction = ("text", "image")
+    """What is given and what is made, by the names of shipped models: of those that learned it `from_pretrained` loads one."""
     engine: Generates | None = None
     """What generates, in place of an engine of the pipeline's own: a server's batcher."""
 
@@ -85,7 +85,7 @@ class Pipeline:
         Raises `ValueError` as `mm.hub.load_pretrained`.
         """
         device = choose_device(device)  # before the seconds that loading takes
-        folder = hub.resolve(cls.usual if path_or_name is None else path_or_name)
+        folder = hub.resolve(hub.usual(*cls.direction) if path_or_name is None else path_or_name)
         return cls(hub.load_pretrained(folder), hub.load_sampling(hub.read_config(folder))).to(device)
 
     def save_pretrained(

@@ -19,6 +19,8 @@ from mm.pipelines.text_to_3d import ShapeMaker
 class ImageTo3DPipeline(ShapeMaker):
     """`pipeline("chair.png", seed=0).meshes`, or step by step: `encode`, `generate`, `decode`."""
 
+    direction = ("image", "shape")
+
     @torch.no_grad()
     def __call__(
         self,

@@ -23,6 +23,8 @@ Seen = Picture | Video | Frames
 class ImageToTextPipeline(Pipeline):
     """`pipeline("apple.png").texts` or `pipeline("seven.mp4").texts`, or step by step: `encode`, `generate`, `decode`."""
 
+    direction = ("image", "text")
+
     @torch.no_grad()
     def __call__(
         self,

@@ -46,7 +46,7 @@ class ShapeToTextPipeline(ShapeReader):
     """`pipeline("chair.obj").texts`, `pipeline("chair.obj", question="how many legs?").texts`, or step by step: `encode`,
     `generate`, `decode`."""
 
-    usual = "mm-3d"
+    direction = ("shape", "text")
 
     @torch.no_grad()
     def __call__(

@@ -34,6 +34,8 @@ CHARACTERS = 20.0
 class SpeechToTextPipeline(Pipeline):
     """`pipeline("clip.wav").texts`, or step by step: `encode`, `generate`, `decode`."""
 
+    direction = ("speech", "text")
+
     @torch.no_grad()
     def __call__(
         self,

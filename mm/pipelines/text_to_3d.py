@@ -19,7 +19,7 @@ from mm.shapes import Shape
 class ShapeMaker(Pipeline):
     """What pipelines share that make shapes: `grid`, `generate`, `decode`."""
 
-    usual = "mm-3d"
+    direction = ("text", "shape")
 
     def grid(self, scales: int | None = None) -> tuple[int, ...] | None:
         """Extents of an item; None where the model says by itself how long its shapes are. With `scales` it ends with that scale,

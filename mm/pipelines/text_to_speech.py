@@ -37,7 +37,7 @@ class TextToSpeechPipeline(Pipeline):
     of the model are divided after sentences, parts of sentences, or words, and what is spoken of them is joined.
     """
 
-    usual = "mm-speech"
+    direction = ("text", "speech")
 
     @torch.no_grad()
     def __call__(

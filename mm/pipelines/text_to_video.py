@@ -38,7 +38,7 @@ class TextToVideoPipeline(Pipeline):
     Letters in shapes: T frames, H rows and W columns of pixels.
     """
 
-    usual = "mm-video"
+    direction = ("text", "video")
 
     @torch.no_grad()
     def __call__(

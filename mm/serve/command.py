@@ -16,9 +16,6 @@ if TYPE_CHECKING:
     from mm.serve.gate import Gate, Settings
     from mm.serve.shelf import Shelf
 
-USUAL = "mm-tiny"
-"""The shipped model that answers first."""
-
 
 def arguments(argv: list[str]) -> Namespace:
     command = parser(
@@ -86,7 +83,7 @@ def load(names: list[str] | None, device: str, rows: int, threads: int | None) -
     if rows < 1:
         raise ValueError(f"--rows must be at least 1, got {rows}")
     pipelines: dict[str, Pipeline] = {}
-    shipped = sorted((name for name in hub.shipped() if name.startswith("mm-")), key=lambda name: name != USUAL)
+    shipped = sorted((name for name in hub.shipped() if name.startswith("mm-")), key=lambda name: name != hub.USUAL)
     for given in names or shipped:
         name = given if given in hub.shipped() or not os.path.isdir(given) else os.path.basename(os.path.abspath(given))
         if name in pipelines:

@@ -24,8 +24,6 @@ TASKS: dict[Task, str] = {
     "video": "makes videos",
     "shape": "makes shapes",
 }
-PREFERRED: dict[Task, str] = {"speech": "mm-speech", "video": "mm-video", "shape": "mm-3d"}
-"""Shipped specialists, which answer where a client names no model."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +91,7 @@ class Shelf:
         return self.models[name]
 
     def choose(self, task: Task, name: str | None = None) -> Served:
-        """The model of this name, or else the one that does this best. Raises `Refusal` where there is none."""
+        """The model of this name, or else the first that does this. Raises `Refusal` where there is none."""
         able = self.able(task)
         if name is not None:
             named = self.named(name)
@@ -105,7 +103,7 @@ class Shelf:
             )
         if not able:
             raise Refusal(404, f"this server has no model that {TASKS[task]}", param="model", code="model_not_able")
-        return next((one for one in able if one.name == PREFERRED.get(task)), able[0])
+        return able[0]
 
     def able(self, task: Task) -> Sequence[Served]:
         return [one for one in self.models.values() if one.can(task)]
