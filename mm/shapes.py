@@ -24,6 +24,8 @@ if TYPE_CHECKING:  # imported where it is used, so that `import mm` stays fast
 
 SIZE = 32
 """Cells a side, by default."""
+INSIDE = 0.01
+"""Room that a mesh leaves to each side of the cube that it stands in."""
 MAX_NPZ = 1 << 28
 """Largest `.npz` that is read (256 MiB)."""
 
@@ -98,11 +100,24 @@ def from_mesh(mesh: Trimesh, size: int = SIZE, *, margin: float = 0.05, truncati
     return Shape(sdf(mesh, size, truncation), mesh)
 
 
+def stands(mesh: Trimesh) -> bool:
+    """Whether a mesh has its place in the unit cube already, as those have that were written here: `INSIDE` from its sides, a
+    quarter of it long or more, and over or under its middle. Size and place say what would be lost ("big", on the floor)."""
+    low, high = mesh.bounds
+    middle = (low + high)[[0, 2]] / 2
+    return bool(
+        low.min() >= INSIDE
+        and high.max() <= 1 - INSIDE
+        and (high - low).max() >= 0.25
+        and (np.abs(middle - 0.5) <= 0.15).all()
+    )
+
+
 def as_shape(raw: ShapeSource | Any, size: int = SIZE) -> Shape:
     """What a tokenizer of shapes is given, as a shape of its size.
 
-    Meshes and their files (`mm.shape_files.load_mesh`) are brought into the cube and measured; a shape of another size is
-    measured anew if it was made of a mesh.
+    Meshes and their files (`mm.shape_files.load_mesh`) are brought into the cube, unless they stand in it (`stands`), and
+    measured; a shape of another size is measured anew if it was made of a mesh.
 
     Raises:
         ValueError: for a grid of another size, a file that isn't a mesh, and whatever isn't a shape.
@@ -117,7 +132,8 @@ def as_shape(raw: ShapeSource | Any, size: int = SIZE) -> Shape:
         return Shape(sdf(raw.given, size), raw.given)
     from mm.shape_files import load_mesh
 
-    return from_mesh(load_mesh(raw), size)
+    mesh = load_mesh(raw)
+    return Shape(sdf(mesh, size), mesh) if stands(mesh) else from_mesh(mesh, size)
 
 
 # --- grids as files -------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import trimesh
 
+from mm.shape_files import to_bytes
 from mm.shape_views import Views, around, pose_at, rays, turntable, views
 from mm.shapes import Shape, as_shape, from_mesh, load_shape, to_npz
 from mm.triangles import covered
@@ -137,7 +138,7 @@ def test_shapes_of_all_kinds() -> None:
     shape = from_mesh(mesh, 16)
     assert shape.size == 16 and shape.mesh is shape.given and shape.valid
     assert as_shape(shape, 16) is shape and as_shape(shape, 24).size == 24
-    assert iou(as_shape(mesh, 16).occupancy, shape.occupancy) == 1
+    assert iou(as_shape(mesh.copy().apply_scale(3), 16).occupancy, shape.occupancy) == 1
     assert as_shape(shape.occupancy, 16).grid.dtype == bool
     assert as_shape(shape.grid.astype(np.float64), 16).grid.dtype == np.float32
     bare = Shape(shape.occupancy)
@@ -171,6 +172,19 @@ def test_numbers_too_large_for_the_grid() -> None:
         Shape(np.full((4, 4, 4), 1e300))
     far = Shape(np.full((4, 4, 4), 1e6, np.float32))  # too large for 16 bits
     assert np.array_equal(load_shape(to_npz(far), 4).grid, far.grid)
+
+
+@pytest.mark.parametrize("ending", ["glb", "obj"])
+def test_a_shape_stands_where_it_was_written(ending: str) -> None:
+    """Small and on the floor, there and back through a file; what stands nowhere is brought to the middle."""
+    grid = np.zeros((32, 32, 32), bool)
+    grid[10:22, 2:9, 10:22] = True
+    shape = Shape(grid)
+    back = as_shape(to_bytes(shape.mesh, ending), 32)
+    assert iou(back.occupancy, grid) == 1
+    for moved in (shape.mesh.copy().apply_translation((3, 0, 0)), shape.mesh.copy().apply_scale(0.4)):
+        found = np.argwhere(as_shape(to_bytes(moved, ending), 32).occupancy)
+        assert (found.min(0) + found.max(0)).tolist() == pytest.approx([31] * 3, abs=1) and np.ptp(found, 0).max() > 26
 
 
 def test_any_byte_but_zero_is_inside() -> None:
