@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from mm.apps._tabs.shelf import Shelf
 
-WAITING = 16
+WAITING = 64
 """Events that may wait for the models; whoever comes next is told to try again."""
 
 

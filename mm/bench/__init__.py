@@ -87,6 +87,7 @@ BENCHES = {
     "train": "training: beside `LlamaForCausalLM`, padded batches, `transfusion-pytorch`, and the matrix rate",
     "heads": "heads of vectors: beside MAR's own sampling, few steps beside many, and a long item",
     "scales": "next-scale prediction beside raster order on the same tokens: passes, and time an item",
+    "app": "the demo with 1 and 50 visitors: pictures a second, wrong answers, refusals, memory (2 s a round each)",
     "serve": "the HTTP server with 1, 8 and 50 clients: tokens a second, wrong answers, memory (2 s a round each)",
     "speech": "sub-codes beside MusicGen's decoder, a codec beside EnCodec's; how fast checkpoints speak (--model)",
     "tokenize": "pictures to tokens and back: beside a network of `diffusers`",

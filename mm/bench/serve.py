@@ -9,10 +9,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from mm.bench import Row, Settings
@@ -45,7 +45,9 @@ def rows(settings: Settings) -> Iterator[Row]:
                 client = Client(address, settings.tokens)
                 for request in requests():
                     known[request], _ = client.ask(*request)
-            found = load(address, clients, 2.0 * settings.rounds, settings.tokens, known)
+            found = load(
+                lambda: Client(address, settings.tokens), list(requests()), clients, 2.0 * settings.rounds, known
+            )
             rate = found.tokens / found.seconds
             one = one or rate
             name = f"{clients} client{'s' if clients > 1 else ''}"
@@ -85,6 +87,16 @@ def serving(*models: str) -> Iterator[str]:
             program.terminate()
 
 
+class Asks(Protocol):
+    """A client of a server."""
+
+    def ask(self, prompt: str, seed: int) -> tuple[str, int]:
+        """The answer, and how much it is; or "" and 0, if it was refused."""
+
+    def memory(self) -> float | None:
+        """Bytes that the server has resident, where its system says so."""
+
+
 class Client:
     """One connection that stays."""
 
@@ -117,14 +129,20 @@ class Client:
         return answer.status, answer.read()
 
 
-def load(address: str, clients: int, seconds: float, tokens: int, known: dict[tuple[str, int], Any]) -> Load:
-    """So many clients for so many seconds; each takes its turn through all requests, beginning with another one."""
+def load(
+    open_client: Callable[[], Asks],
+    wanted: Sequence[tuple[str, int]],
+    clients: int,
+    seconds: float,
+    known: Mapping[Any, str],
+) -> Load:
+    """So many clients for so many seconds; each takes its turn through all requests, beginning with another one. `known`: what a
+    request gets alone."""
     found, lock = Load(), threading.Lock()
-    wanted = list(requests())
     begin = time.perf_counter()
 
     def work(number: int) -> None:
-        client, at = Client(address, tokens), number * 5
+        client, at = open_client(), number * 5
         while time.perf_counter() - begin < seconds:
             request = wanted[at % len(wanted)]
             text, count = client.ask(*request)
@@ -136,7 +154,7 @@ def load(address: str, clients: int, seconds: float, tokens: int, known: dict[tu
                 found.wrong += bool(count) and known.get(request, text) != text
 
     def watch() -> None:
-        client = Client(address, tokens)
+        client = open_client()
         while time.perf_counter() - begin < seconds and (memory := client.memory()) is not None:
             found.memory.append(memory)
             time.sleep(1.0)
