@@ -1,5 +1,5 @@
-"""The demo under one and fifty visitors, who ask for pictures as fast as they get them: pictures a second, pictures other than those
-that the same request got alone, refusals, and the memory that the program has resident."""
+"""The demo under one and fifty visitors, who ask for pictures as fast as they get them: pictures a second, pictures other than
+those that the same request got alone, refusals, and the memory that the program has resident."""
 
 from __future__ import annotations
 
