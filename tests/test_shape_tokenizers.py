@@ -373,3 +373,11 @@ def test_a_broken_shape_gives_its_place_to_the_next() -> None:
     strict = Broken(strict=True)
     with pytest.raises(ValueError, match="broken shapes: example '1'"):
         data.shapes(strict, [1])
+
+
+@pytest.mark.parametrize("made", [VoxelVQ, TriplaneMSVQ])
+@pytest.mark.parametrize("wrong", [None, [1], {}, "much", True])
+def test_settings_that_are_no_numbers(made: Any, wrong: object) -> None:
+    for name in ("decay", "dead_below", "commitment"):
+        with pytest.raises(ValueError, match=f"{name} must be a number"):
+            made(**{name: wrong})

@@ -84,10 +84,10 @@ class VoxelVQ(ShapeTokenizer):
             codebook_size=codebook_size,
             code_dim=code_dim,
             levels=saved.as_list(levels),
-            decay=float(decay),
-            dead_below=float(dead_below),
-            commitment=float(commitment),
-            entropy=float(entropy),
+            decay=saved.as_float(decay),
+            dead_below=saved.as_float(dead_below),
+            commitment=saved.as_float(commitment),
+            entropy=saved.as_float(entropy),
         )
         self._made(pretrained, config)
 
