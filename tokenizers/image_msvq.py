@@ -85,10 +85,10 @@ class ImageMSVQ(FromSettings, TrainableTokenizer):
             codebook_size=codebook_size,
             code_dim=code_dim,
             phis=phis,
-            residual=float(residual),
-            commitment=float(commitment),
-            decay=float(decay),
-            dead_below=float(dead_below),
+            residual=saved.as_float(residual),
+            commitment=saved.as_float(commitment),
+            decay=saved.as_float(decay),
+            dead_below=saved.as_float(dead_below),
             normalize=normalize,
         )
         self._made(pretrained, config)
