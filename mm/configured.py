@@ -36,8 +36,8 @@ class Configured:
 
 
 class Checked(Configured):
-    """Refuses at once, with a `ValueError`, arguments of other types than the constructor's annotations, and what no checkpoint
-    could hold."""
+    """Refuses at once, with a `ValueError`, arguments of other types than the constructor's annotations. What is annotated as
+    something that no checkpoint could hold is let pass: such an object works, and can't be saved."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         from mm.description import check_arguments, plain
@@ -49,6 +49,12 @@ class Checked(Configured):
         except TypeError:  # the call itself says what is missing or unknown
             return self
         named = [p.name for p in signature.parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)][1:]
-        values = {name: plain(given[name], f"{cls.__name__}: {name}") for name in named if name in given}
+        values = {}
+        for name in named:
+            if name in given:
+                try:
+                    values[name] = plain(given[name], name)
+                except ValueError:
+                    values[name] = given[name]
         check_arguments(cls, values, cls.__name__)
         return self
