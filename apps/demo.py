@@ -95,9 +95,9 @@ def launch(app: Blocks, host: str, port: int) -> str:
     from mm.apps._tabs.look import CSS, theme
 
     serve = partial(app.launch, server_name=host, server_port=port, prevent_thread_lock=True, quiet=True, css=CSS)
-    # What environment variables could switch on, or would leave this machine, is off.
     # Each visit costs about 130 kB, and a program that asks over HTTP makes one for every request: the oldest are forgotten.
     serve = partial(serve, state_session_capacity=VISITS)
+    # What environment variables could switch on, or would leave this machine, is off.
     serve = partial(serve, share=False, ssr_mode=False, run_history=False, enable_monitoring=False, show_error=False)
     _, address, _ = serve(theme=theme(), max_file_size=MAX_UPLOAD, footer_links=["api", "settings"])
     return address

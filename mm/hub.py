@@ -153,11 +153,16 @@ def shipped() -> tuple[str, ...]:
     return tuple(sorted(path.parent.name for path in SHIPPED.glob(f"*/{CONFIG}")))
 
 
+def answering() -> list[str]:
+    """Names of these checkpoints in the order in which they are asked: `USUAL` first."""
+    return sorted(shipped(), key=lambda name: name != USUAL)
+
+
 def usual(given: str, made: str) -> str:
-    """The checkpoint that answers where none is named: of the shipped ones the first, `USUAL` before all others, that has learned
-    to make `made` of `given` (modalities by the names that shipped checkpoints give them: text, image, speech, video, shape);
-    where none has, `USUAL`, which says what it makes instead."""
-    for name in sorted(shipped(), key=lambda name: name != USUAL):
+    """The checkpoint that answers where none is named: the first of `answering` that has learned to make `made` of `given`
+    (modalities by the names that shipped checkpoints give them: text, image, speech, video, shape); where none has, `USUAL`,
+    which says what it makes instead."""
+    for name in answering():
         if [given, made] in (read_config(SHIPPED / name).get("directions") or []):
             return name
     return USUAL

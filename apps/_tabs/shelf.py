@@ -144,10 +144,9 @@ class Shelf:
     def __init__(self, given: Mapping[str, Pipeline] | None = None) -> None:
         self.loaded: dict[str, Pipeline] = dict(given or {})
         if given is None:
-            from mm.hub import USUAL, shipped
+            from mm.hub import answering
 
-            models = (name for name in shipped() if name.startswith("mm-"))  # the others are tokenizers
-            self.facts = {name: _described(name) for name in sorted(models, key=lambda name: name != USUAL)}
+            self.facts = {name: _described(name) for name in answering()}
         else:
             self.facts = {name: _known(pipeline) for name, pipeline in given.items()}
         self.lock = threading.Lock()

@@ -83,8 +83,7 @@ def load(names: list[str] | None, device: str, rows: int, threads: int | None) -
     if rows < 1:
         raise ValueError(f"--rows must be at least 1, got {rows}")
     pipelines: dict[str, Pipeline] = {}
-    shipped = sorted((name for name in hub.shipped() if name.startswith("mm-")), key=lambda name: name != hub.USUAL)
-    for given in names or shipped:
+    for given in names or hub.answering():
         name = given if given in hub.shipped() or not os.path.isdir(given) else os.path.basename(os.path.abspath(given))
         if name in pipelines:
             raise ValueError(f"two models are called {name!r}; rename a folder")
