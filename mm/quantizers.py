@@ -13,10 +13,13 @@ Letters in shapes: B batch, D latent channels, H rows, W columns, K sub-codes.
 
 from __future__ import annotations
 
+import importlib
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from types import ModuleType
 from typing import Any, Literal, cast
 
 import torch
@@ -125,15 +128,13 @@ class Quantizer(nn.Module):
         )
         self.layer: nn.Module
         if name == "vq":
-            from vector_quantize_pytorch import VectorQuantize
-
             self.dim = code_dim
-            self.layer = VectorQuantize(dim=code_dim, codebook_size=codebook_size, codebook_dim=code_dim, **moving)
+            self.layer = _package().VectorQuantize(
+                dim=code_dim, codebook_size=codebook_size, codebook_dim=code_dim, **moving
+            )
         elif name == "residual":
-            from vector_quantize_pytorch import ResidualVQ
-
             self.dim = code_dim
-            self.layer = ResidualVQ(
+            self.layer = _package().ResidualVQ(
                 dim=code_dim,
                 num_quantizers=num_codes,
                 codebook_size=codebook_size,
@@ -144,10 +145,8 @@ class Quantizer(nn.Module):
                 **moving,
             )
         elif name == "fsq":
-            from vector_quantize_pytorch import FSQ
-
             self.dim = len(levels)
-            self.layer = FSQ(
+            self.layer = _package().FSQ(
                 levels=list(levels),
                 dim=self.dim,
                 num_codebooks=1,
@@ -158,10 +157,8 @@ class Quantizer(nn.Module):
                 return_indices=True,
             )
         elif name in ("lfq", "bsq"):
-            from vector_quantize_pytorch import LFQ
-
             self.dim = int(math.log2(codebook_size))
-            self.layer = LFQ(
+            self.layer = _package().LFQ(
                 dim=self.dim,
                 codebook_size=codebook_size,
                 num_codebooks=1,
@@ -200,12 +197,18 @@ class Quantizer(nn.Module):
         """The latents that ids stand for: exactly what `forward` returned with them in evaluation."""
         batch, rows, columns = ids.shape[:3]
         flat = ids.reshape(batch, rows * columns, *ids.shape[3:])
-        layer = cast(Any, self.layer)
-        if self.name in ("vq", "residual"):
-            latents = layer.get_output_from_indices(flat)
+        if self.name == "residual":
+            latents = self.stages(flat).sum(0)
+        elif self.name == "vq":
+            latents = cast(Any, self.layer).get_output_from_indices(flat)
         else:
-            latents = layer.indices_to_codes(flat)
+            latents = cast(Any, self.layer).indices_to_codes(flat)
         return self._as_map(latents, rows, columns)
+
+    def stages(self, ids: Int[Tensor, "B N K"]) -> Float[Tensor, "K B N D"]:
+        """What each codebook of `residual` adds."""
+        books = [cast(Any, book).embed[0] for book in self.codebooks()]
+        return torch.stack([book[ids[..., k]] for k, book in enumerate(books)])
 
     def _as_map(self, flat: Float[Tensor, "B N D"], rows: int, columns: int) -> Float[Tensor, "B D H W"]:
         return flat.reshape(len(flat), rows, columns, self.dim).permute(0, 3, 1, 2)
@@ -237,7 +240,7 @@ class Quantizer(nn.Module):
 
         Call it once the group exists; afterwards every rank holds bit-identical codebooks after every step.
         """
-        from vector_quantize_pytorch import vector_quantize_pytorch as package
+        package = _package().vector_quantize_pytorch
 
         draw = package.sample_vectors_distributed if enabled else package.batched_sample_vectors
         reduce = torch.distributed.all_reduce if enabled else package.noop
@@ -246,6 +249,28 @@ class Quantizer(nn.Module):
             codebook.use_ddp = enabled
             codebook.sample_fn = codebook.replace_sample_fn = draw
             codebook.all_reduce_fn = codebook.kmeans_all_reduce_fn = reduce
+
+
+class _Later(ModuleType):
+    """Stands for a module that is imported when one of its functions is first called."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # what the import machinery asks for
+            raise AttributeError(name)
+        return lambda *args, **options: getattr(importlib.import_module(self.__name__), name)(*args, **options)
+
+
+@cache
+def _package() -> Any:
+    """`vector_quantize_pytorch`, without `einx`, which it imports for what isn't used here (masks) and which loads sympy and
+    torch's compiler: two thirds of the time that the smallest checkpoint takes to load."""
+    if "vector_quantize_pytorch" in sys.modules or "einx" in sys.modules:
+        return importlib.import_module("vector_quantize_pytorch")
+    sys.modules["einx"] = _Later("einx")
+    try:
+        return importlib.import_module("vector_quantize_pytorch")
+    finally:
+        del sys.modules["einx"]
 
 
 def _fit_in_training(codebook: Any, data: Tensor, mask: Tensor | None = None) -> None:

@@ -74,6 +74,40 @@ def test_every_id_comes_back(name: str) -> None:
     assert torch.equal(quantizer(latents).ids, ids)
 
 
+def test_the_stages_are_the_packages() -> None:
+    quantizer: Any = make_quantizer("residual").eval()
+    ids = torch.randint(
+        quantizer.codebook_size, (2, 5, quantizer.num_codes), generator=torch.Generator().manual_seed(0)
+    )
+    stages = quantizer.layer.get_codes_from_indices(ids)
+    assert torch.equal(quantizer.stages(ids), stages) and len(stages) == quantizer.num_codes
+    assert torch.equal(
+        quantizer.lookup(ids[:, None])[:, :, 0].transpose(1, 2),
+        quantizer.layer.get_output_from_indices(ids),
+    )
+
+
+@pytest.mark.parametrize("name", ["vq", "residual", "fsq", "lfq"])
+def test_what_is_slow_to_import_waits_until_it_is_called(name: str) -> None:
+    """The package's `einx` takes seconds; without it everything else works, and what needs it gets the real one."""
+    code = f"""
+import sys, torch
+from mm.quantizers import Quantizer
+quantizer = Quantizer({name!r}, codebook_size=0 if {name!r} == "fsq" else 16)
+out = quantizer.train()(torch.randn(2, quantizer.dim, 3, 4))
+quantizer.eval().lookup(quantizer(out.latents).ids)
+assert not {{"einx", "sympy"}} & set(sys.modules)
+if {name!r} == "vq":
+    mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    found, ids, loss = quantizer.layer.train()(torch.randn(2, 5, 8), mask=mask)
+    assert (ids[1, 3:] == -1).all() and (ids[0] >= 0).all() and loss > 0
+    import einx
+    assert einx.where.__module__.startswith("einx")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("name", ["vq", "lfq", "residual"])
 def test_the_gradient_passes_straight_through(name: str) -> None:
     quantizer = make_quantizer(name, commitment=0.0, **({"entropy": 0.0} if name == "lfq" else {}))

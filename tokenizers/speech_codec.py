@@ -184,7 +184,7 @@ class SpeechCodec(SpeechTokenizer):
     def _fewer(self, z: Tensor, latents: Tensor, ids: Int[Tensor, "B T K"]) -> Float[Tensor, "B T D"]:
         """For some of the sounds, what their first codebooks say."""
         with torch.no_grad():
-            stages = cast(Any, self.quantizer.layer).get_codes_from_indices(ids)  # K B T D
+            stages = self.quantizer.stages(ids)
             kept = torch.randint(1, self.num_codes, (len(z),), device=z.device)
             fewer = stages.cumsum(0)[kept - 1, torch.arange(len(z), device=z.device)]
             chosen = torch.rand(len(z), 1, 1, device=z.device) < self.config["dropout"]
