@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,12 @@ from mm.backbone import BackboneConfig
 from mm.data.documents import ImageToText, Interleaved, Template, TextOnly, TextToImage, TextToSpeech
 from mm.directions import shown
 from mm.heads.lm import LMHead
-from mm.interfaces import Encoded, Modality
+from mm.interfaces import Encoded, Modality, Spec
 from mm.model import MultimodalModel
 from mm.orders.delay import Delay
 from mm.orders.masked import Masked
 from mm.orders.raster import Raster
+from mm.pipelines.abilities import abilities
 from mm.pipelines.base import Pipeline
 from mm.serve.shelf import Served
 from mm.stream import TokenStream, pack
@@ -123,3 +125,31 @@ def test_a_shipped_model_that_learned_it_answers(tmp_path: Path, monkeypatch: py
     assert hub.usual("text", "image") == "mm-tiny"
     assert hub.usual("text", "speech") == "b"
     assert hub.usual("speech", "text") == "mm-tiny"
+
+
+def test_what_a_model_can_be_asked_for() -> None:
+    """Of a medium that several modalities have, the one that is made stands for it; what is only read isn't made; vectors of no
+    place are made where they are pictures, clips or shapes."""
+
+    class Voice(Levels):
+        decodes = False
+
+    class Scales(Palette):
+        @property
+        def spec(self) -> Spec:
+            return replace(super().spec, voxels=8, spatial=False)
+
+    parts = [("timbre", Voice()), ("speech", Levels()), ("shape", Scales()), ("image", Palette())]
+    able = abilities("text", parts)
+    assert able.modalities == {"sound": "speech", "shape": "shape", "picture": "image"}
+    assert able.makes == able.reads == able.takes == {"sound", "shape", "picture"} and able.writes
+    able = abilities("text", parts, by_word=True)
+    assert (
+        able.makes == {"sound", "shape", "picture"} and able.reads == able.takes == {"shape", "picture"} and able.writes
+    )
+    assert not abilities("text", parts[:2], by_word=True).writes, "of sounds alone, word by word: it speaks"
+    shown = frozenset({("timbre", "speech"), ("text", "speech"), ("text", "timbre"), ("shape", "text")})
+    able = abilities("text", parts, shown)
+    assert (able.makes, able.reads, able.takes, able.writes) == ({"sound"}, {"shape"}, {"sound", "shape"}, True)
+    assert not abilities("text", parts, frozenset({("text", "shape")})).writes
+    assert abilities("text", parts, frozenset()) == abilities("text", parts), "nothing shown: nothing known"

@@ -8,15 +8,15 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
-    from mm.directions import Directions
     from mm.interfaces import ModalityTokenizer, Order, Sampling
+    from mm.pipelines.abilities import Abilities
     from mm.pipelines.base import Pipeline
 
 P = TypeVar("P", bound="Pipeline")
@@ -44,12 +44,10 @@ class Facts:
     """What the app must know of a model to lay out its tabs, without the model itself."""
 
     modalities: dict[str, str]
-    """The first modality of each medium."""
+    """See `mm.pipelines.abilities.Abilities`, as of the next three."""
     makes: frozenset[str]
     reads: frozenset[str]
-    """Media that it says in words what they are."""
     takes: frozenset[str]
-    """Media that something may follow on."""
     sampling: dict[str, Sampling]
     """What the checkpoint recommends, by modality."""
     steps: dict[str, int] = field(default_factory=dict)
@@ -62,45 +60,28 @@ class Facts:
 
 
 def facts(
-    parts: Iterable[tuple[str, ModalityTokenizer, Order]],
+    able: Abilities,
+    parts: Mapping[str, tuple[ModalityTokenizer, Order]],
     sampling: Mapping[str, Sampling],
     voices: Sequence[str] = (),
-    by_word: bool = False,
-    directions: Directions | None = None,
 ) -> Facts:
-    """What a model can do: told by its modalities beside text, (name, tokenizer, order) each, and by what training showed it."""
+    """What a model can do, and with what settings: `parts` are its modalities beside text."""
     import math
 
-    from mm.pipelines.media import medium_of, most_frames
+    from mm.pipelines.media import most_frames
 
-    names: dict[str, str] = {}
-    made: set[str] = set()
-    steps: dict[str, int] = {}
     frames, goes_on = 0, False
-    for name, tokenizer, order in parts:
-        medium = medium_of(tokenizer.spec)
-        if medium is None or medium in names:
-            continue
-        names[medium], steps[name] = name, order.default_steps
-        learned = directions is None or any(name == into for _, into in directions)
-        if learned and tokenizer.decodes and (tokenizer.spec.spatial or medium != "sound"):
-            made.add(medium)
-        if medium == "video" and math.isfinite(most := most_frames(tokenizer.spec)):
+    if "video" in able.modalities:
+        tokenizer, order = parts[able.modalities["video"]]
+        if math.isfinite(most := most_frames(tokenizer.spec)):
             frames, goes_on = int(most), bool(getattr(order, "window", 0))
-    if directions is None:  # who speaks word by word has learned sounds behind their words only
-        read = taken = frozenset(medium for medium in names if not (medium == "sound" and by_word))
-    else:
-        others = {given for given, made in directions if given != made}
-        taken = frozenset(medium for medium, name in names.items() if name in others)
-        beside = set(names.values())  # the host is all that remains
-        read = frozenset(m for m in taken if any(g == names[m] and made not in beside for g, made in directions))
     return Facts(
-        modalities=names,
-        makes=frozenset(made),
-        reads=read,
-        takes=taken,
+        modalities={medium: name for medium, name in able.modalities.items()},
+        makes=able.makes,
+        reads=able.reads,
+        takes=able.takes,
         sampling=dict(sampling),
-        steps=steps,
+        steps={name: parts[name][1].default_steps for name in able.modalities.values()},
         frames=frames,
         goes_on=goes_on,
         voices=tuple(voices),
@@ -108,29 +89,36 @@ def facts(
 
 
 def _known(pipeline: Pipeline) -> Facts:
+    from mm.pipelines.abilities import abilities_of
+
     model = pipeline.model
-    parts = ((modality.name, modality.tokenizer, modality.order) for modality in model.modalities[1:])
-    return facts(parts, pipeline.recommended, model.voices, model.by_word, model.directions)
+    parts = {modality.name: (modality.tokenizer, modality.order) for modality in model.modalities[1:]}
+    return facts(abilities_of(pipeline), parts, pipeline.recommended, model.voices)
 
 
 def _described(name: str) -> Facts:
     """Of a checkpoint that isn't loaded: its description and its tokenizers say all of it."""
     from mm import hub
     from mm.description import construct
+    from mm.pipelines.abilities import abilities
 
     folder = hub.resolve(name)
     config = hub.read_config(folder)
     tokenizers = hub.load_tokenizers(folder, config)
-    parts = (
-        (entry["name"], tokenizers[entry["name"]], construct("orders", entry["order"], "an order"))
-        for entry in config["modalities"][1:]
-    )
+    text, *others = config["modalities"]
+    parts = {
+        entry["name"]: (tokenizers[entry["name"]], construct("orders", entry["order"], "an order")) for entry in others
+    }
     directions = hub.check_directions(
         config.get("directions"), [entry["name"] for entry in config["modalities"]], "the checkpoint"
     )
-    return facts(
-        parts, hub.load_sampling(config), tuple(config.get("voices") or ()), bool(config.get("by_word")), directions
+    able = abilities(
+        text["name"],
+        [(name, tokenizer) for name, (tokenizer, _) in parts.items()],
+        directions,
+        bool(config.get("by_word")),
     )
+    return facts(able, parts, hub.load_sampling(config), tuple(config.get("voices") or ()))
 
 
 class Shelf:

@@ -107,8 +107,9 @@ def main(argv: list[str]) -> int:
     args = arguments(argv)
     start = time.perf_counter()
     from mm.commands import making
+    from mm.pipelines.abilities import abilities_of
     from mm.pipelines.any_to_any import AnyToAnyPipeline
-    from mm.pipelines.media import FILMS, MODELLERS, SPEAKERS, medium_of
+    from mm.pipelines.media import FILMS, MODELLERS, SPEAKERS
 
     if args.num < 1:
         raise ValueError(f"--num must be at least 1, got {args.num}")
@@ -124,13 +125,9 @@ def main(argv: list[str]) -> int:
     pipeline = AnyToAnyPipeline.from_pretrained(args.model, args.device)
     choose_threads(pipeline.model, args.threads)
     loaded = time.perf_counter()
-    kinds = ["text"]
-    tokenizers = [modality.tokenizer for modality in pipeline.model.modalities[1:]]
-    for kind, medium in (("image", "picture"), ("speech", "sound"), ("video", "video"), ("3d", "shape")):
-        # not what is only read
-        if any(medium_of(t.spec) == medium and t.decodes and (t.spec.spatial or kind != "speech") for t in tokenizers):
-            kinds.append(kind)
-    if args.to not in kinds:
+    able = abilities_of(pipeline)
+    kinds = ["text"] * able.writes + [kind for medium, kind in making.KINDS.items() if medium in able.makes]
+    if args.to not in kinds and args.to != "text":  # of texts the maker says more
         raise ValueError(
             f"{args.model!r} makes {' and '.join(kinds)}, not {args.to!r}"
             + {"speech": f"; {SPEAKERS}", "video": f"; {FILMS}", "3d": f"; {MODELLERS}"}.get(args.to, "")

@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mm.pipelines.base import Pipeline
+    from mm.pipelines.media import Medium
     from mm.pipelines.outputs import MeshOutput, VideoOutput
 
+KINDS: dict[Medium, str] = {"picture": "image", "sound": "speech", "video": "video", "shape": "3d"}
+"""Medium → what `--to` calls it."""
 SAMPLING = ("guidance", "steps", "denoising_steps", "temperature", "top_p", "top_k")
 SIDE = 256
 """Pixels that small clips are enlarged to about, so that one sees them in a player."""
@@ -204,24 +207,17 @@ def texts(pipeline: Pipeline, args: Namespace, progress: Any) -> Any:
     return TextOutput(["".join(map(str, parts)) for parts in out.documents], [], out.seed)
 
 
-def check_writes(pipeline: Pipeline, args: Namespace, given: str | None) -> None:
+def check_writes(pipeline: Pipeline, args: Namespace, given: Medium | None) -> None:
     """Raises `ValueError` for a model whose training showed it no text to write, at all or of such a medium: it would answer with
     nothing, or with anything."""
-    from mm.pipelines.media import medium_of
+    from mm.pipelines.abilities import abilities_of
 
-    model, text = pipeline.model, pipeline.text
-    media = {one.name: medium_of(one.tokenizer.spec) for one in model.modalities[1:]}
-    # who learned to speak word by word, and has nothing else, learned to speak only
-    speaks = model.by_word and set(media.values()) == {"sound"}
-    learned = model.directions or (frozenset((text, name) for name in media) if speaks else None)
-    if not learned:  # nobody knows
+    able = abilities_of(pipeline)
+    if able.writes if given is None else given in able.reads:
         return
-    read = {media.get(name) for name, made in learned if made == text}
-    if given in read or (given is None and read):
-        return
-    kinds = {"picture": "image", "sound": "speech", "video": "video", "shape": "3d"}
-    makes = sorted({kinds[medium] for _, made in learned if (medium := media.get(made))})
-    instead = " or ".join(f"--to {kind}" for kind in makes if kind != "text")
+    if given is not None and given not in able.modalities:
+        return  # whoever reads it says so
+    instead = " or ".join(f"--to {kind}" for medium, kind in KINDS.items() if medium in able.makes)
     what = {"picture": "of pictures", "sound": "of sounds", "video": "of clips", "shape": "of shapes", None: "at all"}[
         given
     ]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal, TypeVar
 
 from mm.batching import Batcher
-from mm.directions import Directions
+from mm.pipelines.abilities import Abilities, abilities_of
 from mm.pipelines.base import Pipeline
-from mm.pipelines.media import Medium, medium_of
 from mm.serve.desk import Ticket
 from mm.serve.errors import Refusal
 
@@ -43,34 +43,19 @@ class Served:
 
     def can(self, task: Task) -> bool:
         """By what its training showed it, or by its modalities where that isn't known."""
-        makes, reads = self._media(True), self._media(False)
+        able = self.abilities
         return {
-            "chat": not self.directions or self.pipeline.text in {made for _, made in self.directions},
-            "image": "picture" in makes,
-            "speech": "sound" in makes,
-            "transcription": "sound" in reads,
-            "video": "video" in makes,
-            "shape": "shape" in makes,
+            "chat": able.writes,
+            "image": "picture" in able.makes,
+            "speech": "sound" in able.makes,
+            "transcription": "sound" in able.reads,
+            "video": "video" in able.makes,
+            "shape": "shape" in able.makes,
         }[task]
 
-    def _media(self, made: bool) -> set[Medium | None]:
-        found: set[Medium | None] = set()
-        for modality in self.pipeline.model.modalities[1:]:
-            spec, medium = modality.tokenizer.spec, medium_of(modality.tokenizer.spec)
-            if made:
-                able = modality.tokenizer.decodes and (spec.spatial or spec.is_free)
-                learned = self.directions is None or any(name == modality.name for _, name in self.directions)
-            elif self.directions is None:  # who learned to speak word by word learned to speak only
-                able, learned = True, medium != "sound" or not self.pipeline.model.by_word
-            else:
-                able, learned = True, (modality.name, self.pipeline.text) in self.directions
-            if able and learned:
-                found.add(medium)
-        return found
-
-    @property
-    def directions(self) -> Directions | None:
-        return self.pipeline.model.directions
+    @cached_property
+    def abilities(self) -> Abilities:
+        return abilities_of(self.pipeline)
 
 
 class Shelf:
