@@ -128,7 +128,8 @@ def test_every_tab_makes_something(visit: Any, tmp_path: Path) -> None:
     panel.get_by_label("Prompt").fill("a box")
     panel.get_by_role("button", name="Build").click()
     panel.get_by_text("faces, made in").wait_for()
-    panel.locator("a[download$='.glb']").wait_for(state="attached")
+    panel.locator("a[download$='.glb']").first.wait_for(state="attached")
+    panel.locator("canvas").wait_for()
 
     panel = v.tab("Caption / Transcribe")
     panel.get_by_text("Draw an example").click()

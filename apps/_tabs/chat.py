@@ -1,4 +1,4 @@
-"""A conversation in which texts, pictures, sounds and clips go in and come out."""
+"""A conversation in which texts, pictures, sounds, clips and shapes go in and come out."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = ("red apple, noto", "handwritten digit seven", "red apple, twemoji")
 AUTOMATIC, TEXT = "whatever fits", "text"
-ANSWERS = {"picture": "a picture", "sound": "speech", "video": "a video"}
+ANSWERS = {"picture": "a picture", "sound": "speech", "video": "a video", "shape": "a shape"}
 FILES = 4
 """Files of one message."""
 TURNS = 40
@@ -36,6 +36,8 @@ class Talk:
 
 def tab(shelf: Shelf) -> None:
     import gradio as gr
+
+    from mm.pipelines.media import SHAPES
 
     if not shelf.names:
         return common.cannot("answers")
@@ -56,7 +58,7 @@ def tab(shelf: Shelf) -> None:
         show_label=False,
         placeholder="red apple, noto",
         file_count="multiple",
-        file_types=["image", "audio", "video"],
+        file_types=["image", "audio", "video", *sorted(SHAPES)],
         sources=["upload", "microphone"] if shelf.readers("sound") else ["upload"],
     )
     with gr.Row():
@@ -98,7 +100,8 @@ def reply(
 
 def parts_of(message: dict[str, Any] | None) -> list[Any]:
     """A message as parts of a document: its files in their order, by our own loaders, then its text."""
-    from mm.pipelines.media import CLIPS, SOUNDS
+    from mm.pipelines.media import CLIPS, SHAPES, SOUNDS
+    from mm.shape_files import load_mesh
 
     files, text = (message or {}).get("files") or [], str((message or {}).get("text") or "")
     if len(files) > FILES:
@@ -110,6 +113,8 @@ def parts_of(message: dict[str, Any] | None) -> list[Any]:
             out.append(common.clip(path, "the clip is missing", 8.0))
         elif ending in SOUNDS:
             out.append(common.sound(path, "the sound is missing"))
+        elif ending in SHAPES:
+            out.append(common.uploaded(path, load_mesh, "the mesh is missing"))
         else:
             out.append(common.picture(path, "the picture is missing"))
     if text.strip() or not out:
@@ -124,6 +129,7 @@ def shown(shelf: Shelf, said: Sequence[tuple[str, list[Any]]]) -> list[dict[str,
 
 def bubble(shelf: Shelf, part: Any) -> Any:
     import gradio as gr
+    from trimesh import Trimesh
 
     from mm.audio import Audio
     from mm.shapes import Shape
@@ -135,8 +141,9 @@ def bubble(shelf: Shelf, part: Any) -> Any:
         return gr.Audio(common.pcm(part), show_label=False, buttons=["download"], container=False)
     if isinstance(part, Video):
         return gr.Video(written(shelf, part.frames, part.fps), show_label=False, autoplay=True, loop=True, buttons=[])
-    if isinstance(part, Shape):
-        return gr.Model3D(shape.written(shelf, part.mesh), show_label=False, height=300)
+    if isinstance(part, Shape | Trimesh):
+        mesh = part.mesh if isinstance(part, Shape) else part
+        return gr.Model3D(shape.written(shelf, mesh), show_label=False, height=300)
     return gr.Image(part, format="png", show_label=False, buttons=["download"], container=False)
 
 
@@ -197,11 +204,13 @@ def _usual(speaker: Any) -> tuple[Any, ...]:
 
 
 def kind_of(part: Any) -> str:
+    from trimesh import Trimesh
+
     from mm.audio import Audio
     from mm.shapes import Shape
     from mm.video import Video
 
-    kinds: dict[type, str] = {str: "text", Audio: "sound", Video: "video", Shape: "shape"}
+    kinds: dict[type, str] = {str: "text", Audio: "sound", Video: "video", Shape: "shape", Trimesh: "shape"}
     return next((kind for cls, kind in kinds.items() if isinstance(part, cls)), "picture")
 
 

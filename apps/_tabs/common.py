@@ -103,16 +103,27 @@ def buttons(label: str) -> tuple[Any, Any]:
 
 
 def starts(
-    start: Any, stop: Any, prompt: Any, run: dict[str, Any], name: str, texts: Iterable[str], place: Any
+    start: Any,
+    stop: Any,
+    prompt: Any,
+    run: dict[str, Any],
+    name: str,
+    texts: Iterable[str],
+    place: Any,
+    after: dict[str, Any] | None = None,
 ) -> None:
     """The button, or Enter in the prompt, starts; so does an example, when it is chosen; Stop ends any of them, and what has come
-    stays. `run`: keywords of the event; `name`: of the endpoint; `place`: where the examples `texts` are shown."""
+    stays. `run`: keywords of the event; `name`: of the endpoint; `place`: where the examples `texts` are shown; `after`: keywords
+    of an event that follows."""
     import gradio as gr
 
     running = [gr.on([start.click, prompt.submit], api_name=name, **run)]
     with place:
         shown = gr.Examples([[text] for text in texts], prompt, label="For example", cache_examples=False)
     running.append(shown.load_input_event.then(**(run | {"api_name": None, "api_visibility": "private"})))
+    if after is not None:
+        for event in running:
+            event.then(**after, api_visibility="private")
     stop.click(None, cancels=running, api_visibility="private")
 
 

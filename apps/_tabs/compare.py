@@ -40,39 +40,37 @@ def tab(shelf: Shelf) -> None:
     start, stop = common.buttons("Compare")
     with gr.Row():
         sides = [side(shelf, number, first) for number in (0, 1)]
-    models, outputs = [controls[0] for controls, _ in sides], [one for _, shown in sides for one in shown]
-    kind.input(lambda medium: switched(shelf, medium), kind, [prompt, *models, *outputs], api_visibility="private")
+    controls, outputs = [one for some, _, _ in sides for one in some], [one for _, shown, _ in sides for one in shown]
+    views = [view for _, _, view in sides]
+    kind.input(
+        lambda medium: switched(shelf, medium), kind, [prompt, *controls, *outputs, *views], api_visibility="private"
+    )
     running = gr.on(
         [start.click, prompt.submit],
         lambda *values: (yield from compare(shelf, *values)),
-        [prompt, kind, seed, *(one for controls, _ in sides for one in controls)],
+        [prompt, kind, seed, *controls],
         outputs,
         api_name="compare",
         show_progress="minimal",
         **common.TURN,
     )
+    for _, places, view in sides:
+        running.then(**shape.follow(places[list(KINDS).index("shape")], view), api_visibility="private")
     stop.click(None, cancels=[running], api_visibility="private")
 
 
-def side(shelf: Shelf, number: int, first: str) -> tuple[list[Component], list[Component]]:
-    """The controls of a side (model, guidance, temperature), and where its results appear: one place a kind, and a line."""
+def side(shelf: Shelf, number: int, first: str) -> tuple[list[Component], list[Component], Component]:
+    """The controls of a side (model, guidance, temperature); where its results appear: one place a kind, and a line; and a viewer
+    of shapes."""
     import gradio as gr
 
-    able = shelf.makers(first)
-    known = shelf.facts[able[min(number, len(able) - 1)]]
-    usual = known.sampling.get(known.modalities[first])
-    letter = "AB"[number]
+    able, letter = shelf.makers(first), "AB"[number]
+    name, strength, heat = usual(shelf, first, number)
     with gr.Column(min_width=300):
-        model = gr.Dropdown(able, value=able[min(number, len(able) - 1)], label=f"Model {letter}")
+        model = gr.Dropdown(able, value=name, label=f"Model {letter}")
         with gr.Row():
-            # with one model two settings are compared: as recommended, and wilder
-            heat = (usual.temperature if usual else 1.0) + (0.6 if number and len(able) == 1 else 0.0)
-            guidance = gr.Slider(
-                1, 8, usual.guidance if usual else 1, step=0.1, label=f"Guidance {letter}", min_width=120
-            )
-            temperature = gr.Slider(
-                0, 2, min(2.0, round(heat, 2)), step=0.05, label=f"Temperature {letter}", min_width=120
-            )
+            guidance = gr.Slider(1, 8, strength, step=0.1, label=f"Guidance {letter}", min_width=120)
+            temperature = gr.Slider(0, 2, heat, step=0.05, label=f"Temperature {letter}", min_width=120)
         look: dict[str, Any] = {"format": "png", "elem_classes": "pictures"}
         gallery = gr.Gallery(
             label=f"Pictures {letter}", columns=2, height=380, interactive=False, visible=first == "picture", **look
@@ -87,19 +85,34 @@ def side(shelf: Shelf, number: int, first: str) -> tuple[list[Component], list[C
             height=380,
             elem_classes="moving",
         )
-        mesh = gr.Model3D(label=f"Shape {letter}", interactive=False, visible=first == "shape", height=380)
+        view = shape.viewer(f"Shape {letter}", 380, first == "shape")
+        mesh = gr.File(label=f"File of {letter}", interactive=False, visible=first == "shape")
         note = gr.Markdown(elem_classes="note")
-    return [model, guidance, temperature], [gallery, heard, seen, mesh, note]
+    return [model, guidance, temperature], [gallery, heard, seen, mesh, note], view
+
+
+def usual(shelf: Shelf, medium: str, number: int) -> tuple[str, float, float]:
+    """Model, guidance and temperature with which a side begins. With one model two settings are compared: as recommended, and
+    wilder."""
+    able = shelf.makers(medium)
+    name = able[min(number, len(able) - 1)]
+    known = shelf.facts[name]
+    sampling = known.sampling.get(known.modalities[medium])
+    heat = (sampling.temperature if sampling else 1.0) + (0.6 if number and len(able) == 1 else 0.0)
+    return name, sampling.guidance if sampling else 1.0, min(2.0, round(heat, 2))
 
 
 def switched(shelf: Shelf, medium: str) -> list[Any]:
     """What changes on the page when another kind is compared."""
     import gradio as gr
 
-    able = shelf.makers(medium)
     places = [gr.update(value=None, visible=medium == kind) for kind in KINDS]
-    models = [gr.update(choices=able, value=able[min(number, len(able) - 1)]) for number in (0, 1)]
-    return [gr.update(placeholder=EXAMPLES[medium]), *models, *places, "", *places, ""]
+    controls: list[Any] = []
+    for number in (0, 1):
+        name, *values = usual(shelf, medium, number)
+        controls += [gr.update(choices=shelf.makers(medium), value=name), *values]
+    views = [gr.update(value=None, visible=medium == "shape")] * 2
+    return [gr.update(placeholder=EXAMPLES[medium]), *controls, *places, "", *places, "", *views]
 
 
 def compare(shelf: Shelf, prompt: str, medium: str, seed: str, *values: Any) -> Iterator[list[Any]]:

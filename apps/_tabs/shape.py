@@ -33,16 +33,30 @@ def tab(shelf: Shelf) -> None:
             controls = common.settings(known, known.modalities["shape"])
             shown = gr.Column()
         with gr.Column(scale=3, min_width=300):
-            mesh = gr.Model3D(label="Shape (drag to turn it)", interactive=False, height=460, camera_position=CAMERA)
+            view = viewer("Shape (drag to turn it)", 460)
             note = gr.Markdown(elem_classes="note")
+            file = gr.File(label="Its file", interactive=False)
     run: dict[str, Any] = {
         "fn": lambda *values: (yield from build(shelf.maker(name, "shape"), shelf, *values)),
         "inputs": [prompt, *controls],
-        "outputs": [mesh, note],
+        "outputs": [file, note],
         "show_progress": "minimal",
         **common.TURN,
     }
-    common.starts(start, stop, prompt, run, "build", EXAMPLES, shown)
+    common.starts(start, stop, prompt, run, "build", EXAMPLES, shown, after=follow(file, view))
+
+
+def viewer(label: str, height: int, visible: bool = True) -> Any:
+    """Where a mesh is turned and looked at."""
+    import gradio as gr
+
+    return gr.Model3D(label=label, interactive=False, height=height, camera_position=CAMERA, visible=visible)
+
+
+def follow(file: Any, view: Any) -> dict[str, Any]:
+    """An event after which a viewer shows what is in `file`. Gradio's stays empty where the same value comes twice in a row, as
+    everything does at the end of what is streamed: so the file is streamed, and the viewer is told once."""
+    return {"fn": lambda path: path, "inputs": file, "outputs": view, "show_progress": "hidden"}
 
 
 def build(builder: Any, shelf: Shelf, prompt: str, seed: str, *options: Any) -> Iterator[tuple[Any, str]]:
