@@ -19,13 +19,14 @@ from mm.evaluate.command import open_source, parse_data
 from mm.evaluate.protocol import Protocol, SolidRecipe
 from mm.evaluate.run import evaluate
 from mm.evaluate.shape_judge import KIND, agreement, kind_said, roughened, shape_judge, truth
-from mm.evaluate.shapes import ShapeSubject, ask, nearest, open_shapes, training
+from mm.evaluate.shapes import ShapeSubject, ask, draws_pictured, nearest, open_shapes, training
 from mm.heads.lm import LMHead
 from mm.interfaces import Decoded, Encoded, Modality, ModalityTokenizer, Spec
 from mm.model import MultimodalModel
 from mm.orders.raster import Raster
 from mm.pipelines.outputs import MeshOutput
 from mm.shapes import Shape, as_shape
+from mm.testing import Palette
 from mm.tokenizers.text_bytes import TextBytes
 
 SIZE = 16
@@ -186,6 +187,19 @@ def test_the_whole_evaluation(tmp_path: Path) -> None:
     assert report["shapes", "tokenizer: codebook usage"].value == 1
     assert (tmp_path / "shapes.png").is_file() and list((tmp_path / "judges").iterdir())
     assert report.facts["sampling"]["shape"]["temperature"] == 1.0 and report.facts["data"]["shapes"]["examples"] == 40
+
+
+def test_what_was_never_learned_is_not_asked_for() -> None:
+    """Shapes of pictures, of a model that has pictures for something else."""
+    torch.manual_seed(0)
+    modalities = [*model().modalities, Modality(name="image", tokenizer=Palette(), head=LMHead(), order=Raster())]
+    both = MultimodalModel(BackboneConfig(width=32, layers=1, heads=2), modalities, context=192).eval()
+    subject = ShapeSubject(both)
+    assert draws_pictured(subject), "as far as is known"
+    both.directions = frozenset({("text", "image"), ("text", "shape")})
+    assert not draws_pictured(subject)
+    both.directions |= {("image", "shape")}
+    assert draws_pictured(subject) and not draws_pictured(ShapeSubject(model()))
 
 
 def test_sources_by_name() -> None:

@@ -142,11 +142,19 @@ def evaluate_shapes(
     if subject.tokenizer.decodes:
         say(f"shapes: making {len(asked.plans)}")
         figures += generated_figures(subject, source, judge, asked, protocol, folder, say)
-    if "picture" in subject.makes.media and subject.tokenizer.decodes:
+    if draws_pictured(subject):
         say("shapes: from pictures")
         figures += pictured_figures(subject, source, judge, asked, protocol, folder)
     say("shapes: captions and answers")
     return figures + caption_figures(subject, asked, protocol)
+
+
+def draws_pictured(subject: ShapeSubject) -> bool:
+    """Whether it makes shapes of pictures, as far as is known."""
+    if "picture" not in subject.makes.media or not subject.tokenizer.decodes:
+        return False
+    learned = subject.makes.model.directions
+    return learned is None or (subject.makes.picture, subject.makes.shape) in learned
 
 
 def ask(source: ShapesSource, count: int, size: int) -> Asked:
