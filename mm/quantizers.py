@@ -18,7 +18,8 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
+from threading import Lock
 from types import ModuleType
 from typing import Any, Literal, cast
 
@@ -260,17 +261,20 @@ class _Later(ModuleType):
         return lambda *args, **options: getattr(importlib.import_module(self.__name__), name)(*args, **options)
 
 
-@cache
+_importing = Lock()
+
+
 def _package() -> Any:
     """`vector_quantize_pytorch`, without `einx`, which it imports for what isn't used here (masks) and which loads sympy and
     torch's compiler: two thirds of the time that the smallest checkpoint takes to load."""
-    if "vector_quantize_pytorch" in sys.modules or "einx" in sys.modules:
-        return importlib.import_module("vector_quantize_pytorch")
-    sys.modules["einx"] = _Later("einx")
-    try:
-        return importlib.import_module("vector_quantize_pytorch")
-    finally:
-        del sys.modules["einx"]
+    with _importing:
+        if "vector_quantize_pytorch" in sys.modules or "einx" in sys.modules:
+            return importlib.import_module("vector_quantize_pytorch")
+        sys.modules["einx"] = _Later("einx")  # whoever imports it in another thread meanwhile gets functions that work
+        try:
+            return importlib.import_module("vector_quantize_pytorch")
+        finally:
+            sys.modules.pop("einx", None)
 
 
 def _fit_in_training(codebook: Any, data: Tensor, mask: Tensor | None = None) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import trimesh
 from PIL import Image
 
 from mm import hub, plugins
@@ -204,7 +205,7 @@ def test_shapes_are_files(every: Shelf, every_step: None) -> None:
     import trimesh
 
     seen = list(shape.build(every.maker("all", "shape"), every, "a box", "1", *SETTINGS))
-    assert len(seen) > 2 and "% done" in seen[0][1] and "faces, made in" in seen[-1][1]
+    assert len(seen) > 3 and seen[0][0] is None and "% done" in seen[1][1] and "faces, made in" in seen[-1][1]
     mesh: Any = trimesh.load(seen[-1][0], force="mesh")
     assert len(mesh.faces) == int(seen[-1][1].split(" faces")[0].split()[-1].replace(",", ""))
 
@@ -293,7 +294,7 @@ def answers(shelf: Shelf, message: Any, wanted: str, talk: Any = None, whole: bo
     return seen[-1][0], seen[-1][1]
 
 
-def test_a_conversation_of_all_media(every: Shelf, tmp_path: Path) -> None:
+def test_a_conversation_of_all_media(gr: Any, every: Shelf, tmp_path: Path) -> None:
     Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
     save_audio(tmp_path / "a.wav", Audio(np.sin(np.arange(4000, dtype=np.float32) / 5), 8000))
     talk = chat.Talk()
@@ -307,6 +308,12 @@ def test_a_conversation_of_all_media(every: Shelf, tmp_path: Path) -> None:
     assert isinstance(talk.said[-1][1][0], Image.Image)
     _, talk = answers(every, {"text": "", "files": [str(tmp_path / "a.wav")]}, chat.AUTOMATIC)
     assert all(isinstance(part, str) for part in talk.said[-1][1]), "the words of a recording"
+    _, talk = answers(every, {"text": "a box", "files": []}, "a shape")
+    assert chat.kind_of(talk.said[-1][1][0]) == "shape"
+    trimesh.creation.box((0.5, 0.4, 0.3)).export(tmp_path / "a.obj")
+    messages, talk = answers(every, {"text": "", "files": [str(tmp_path / "a.obj")]}, "text")
+    assert isinstance(talk.said[0][1][0], trimesh.Trimesh) and isinstance(messages[0]["content"], gr.Model3D)
+    assert all(isinstance(part, str) for part in talk.said[-1][1]), "what the shape is"
 
 
 def test_a_shape_of_the_conversation_is_none_of_pictures(every: Shelf, painter: TextToImagePipeline) -> None:
@@ -323,12 +330,14 @@ def test_mistakes_in_a_conversation(gr: Any, every: Shelf, painter: TextToImageP
     save_audio(tmp_path / "a.wav", Audio(np.zeros(400, np.float32), 8000))
     (tmp_path / "a.svg").write_bytes(SVG)
     pictures = Shelf({"pictures": painter})
-    heard, drawn = str(tmp_path / "a.wav"), str(tmp_path / "a.svg")
+    (tmp_path / "a.stl").write_bytes(b"solid of nothing")
+    heard, drawn, solid = str(tmp_path / "a.wav"), str(tmp_path / "a.svg"), str(tmp_path / "a.stl")
     for shelf, message, wanted, expected in (
         (every, None, "text", "The message is empty"),
         (every, {"text": " ", "files": []}, "text", "The message is empty"),
         (every, {"text": "\0", "files": []}, "text", "control character"),
         (every, {"text": "", "files": [drawn]}, "text", "The picture is damaged or not a picture"),
+        (every, {"text": "", "files": [solid]}, "text", "The mesh is damaged or can't be used as a mesh"),
         (every, {"text": "", "files": [heard] * 5}, "text", "Got 5 files, and a message takes up to 4"),
         (pictures, {"text": "", "files": [heard]}, "text", "No model at hand reads sounds"),
         (pictures, {"text": "", "files": [heard]}, "a picture", "No model at hand reads sounds and makes pictures"),
@@ -350,6 +359,16 @@ def test_two_sides_with_one_seed(every: Shelf, every_step: None) -> None:
     for medium, place in (("sound", 1), ("video", 2), ("shape", 3)):
         last = list(compare.compare(every, "red", medium, "3", "all", 1.0, 1.0, "all", 1.0, 0.5))[-1]
         assert last[place] is not None and last[places + place] is not None and last[0] is None
+
+
+def test_another_kind_begins_with_its_own_settings(every: Shelf) -> None:
+    """Sliders stayed at what is recommended for pictures."""
+    changes = compare.switched(every, "shape")
+    known = every.facts["all"]
+    recommended = known.sampling.get(known.modalities["shape"])
+    heat = recommended.temperature if recommended else 1.0
+    assert changes[3] == heat and changes[6] == min(2.0, heat + 0.6), "with one model, two settings"
+    assert [change["visible"] for change in changes[-2:]] == [True, True]
 
 
 def test_only_models_of_the_app_are_compared(gr: Any, every: Shelf) -> None:

@@ -128,10 +128,10 @@ def test_a_shipped_model_that_learned_it_answers(tmp_path: Path, monkeypatch: py
 
 
 def test_what_a_model_can_be_asked_for() -> None:
-    """Of a medium that several modalities have, the one that is made stands for it; what is only read isn't made; vectors of no
+    """The first modality of a medium counts, which is the one that pipelines use; what is only read isn't made; vectors of no
     place are made where they are pictures, clips or shapes."""
 
-    class Voice(Levels):
+    class Ear(Levels):
         decodes = False
 
     class Scales(Palette):
@@ -139,17 +139,21 @@ def test_what_a_model_can_be_asked_for() -> None:
         def spec(self) -> Spec:
             return replace(super().spec, voxels=8, spatial=False)
 
-    parts = [("timbre", Voice()), ("speech", Levels()), ("shape", Scales()), ("image", Palette())]
+    parts = [("speech", Levels()), ("shape", Scales()), ("image", Palette())]
     able = abilities("text", parts)
     assert able.modalities == {"sound": "speech", "shape": "shape", "picture": "image"}
     assert able.makes == able.reads == able.takes == {"sound", "shape", "picture"} and able.writes
+    assert len(able.follows) == 12, "each of four of each other"
     able = abilities("text", parts, by_word=True)
     assert (
         able.makes == {"sound", "shape", "picture"} and able.reads == able.takes == {"shape", "picture"} and able.writes
     )
-    assert not abilities("text", parts[:2], by_word=True).writes, "of sounds alone, word by word: it speaks"
-    shown = frozenset({("timbre", "speech"), ("text", "speech"), ("text", "timbre"), ("shape", "text")})
+    assert not abilities("text", parts[:1], by_word=True).writes, "of sounds alone, word by word: it speaks"
+    assert "sound" not in abilities("text", [("ear", Ear()), *parts]).makes, "pipelines would speak with the ear"
+
+    shown = frozenset({("text", "speech"), ("shape", "text"), ("speech", "image"), ("image", "image")})
     able = abilities("text", parts, shown)
-    assert (able.makes, able.reads, able.takes, able.writes) == ({"sound"}, {"shape"}, {"sound", "shape"}, True)
+    assert (able.makes, able.reads, able.takes) == ({"sound", "picture"}, {"shape"}, {"sound", "shape"}) and able.writes
+    assert able.follows == {("text", "sound"), ("shape", "text"), ("sound", "picture")}
     assert not abilities("text", parts, frozenset({("text", "shape")})).writes
     assert abilities("text", parts, frozenset()) == abilities("text", parts), "nothing shown: nothing known"

@@ -109,6 +109,12 @@ def test_only_what_the_source_gives_is_copied() -> None:
     assert {example["number"] for example in source} == {1, 3}
 
 
+def test_texts_are_those_of_the_source() -> None:
+    source = Tones(caption="the {number}th tone")
+    assert PerturbedSource(source)[0]["text"] == source[0]["text"] == "the 0th tone"
+    assert PerturbedSource(source, caption="{number}!")[0]["text"] == "0!"
+
+
 def test_copies_are_cached_once_for_all_that_read_them(tmp_path: Path) -> None:
     varied = PerturbedSource(Tones(), copies=3)
     pairs = JoinedSource([varied, Tones(3)], field="number", count=20)
@@ -127,6 +133,9 @@ def test_copies_are_cached_once_for_all_that_read_them(tmp_path: Path) -> None:
 
 
 def test_sounds_that_are_empty_or_none() -> None:
+    with pytest.raises(BrokenExample, match="tones has no field 'sound' to change; it has: audio"):
+        PerturbedSource(Tones(), field="sound")[0]
+
     class Empty(Tones):
         def _fields(self, ordinal: int) -> dict[str, Any]:
             return {"audio": Audio(np.zeros(0, np.float32), RATE) if ordinal else "a word", "text": ""}
@@ -148,7 +157,13 @@ def test_sounds_that_are_empty_or_none() -> None:
         ({"gain": 41.0}, "gain is 0 to 40"),
         ({"noise": [20, 10]}, "the smaller first"),
         ({"noise": [10]}, "two ratios"),
+        ({"noise": 15.0}, "two ratios"),
+        ({"noise": ("a", "b")}, "two ratios"),
+        ({"speed": "0.1"}, "speed is a number, got '0.1'"),
+        ({"copies": 2.5}, "copies is a whole number, got 2.5"),
+        ({"seed": 1.5}, "seed is a whole number"),
         ({"seed": -1}, "seed must be"),
+        ({"split": "train"}, "give it to the source that is copied"),
     ],
 )
 def test_bad_settings_are_refused(settings: dict[str, Any], words: str) -> None:

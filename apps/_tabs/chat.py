@@ -140,10 +140,11 @@ def bubble(shelf: Shelf, part: Any) -> Any:
     if isinstance(part, Audio):
         return gr.Audio(common.pcm(part), show_label=False, buttons=["download"], container=False)
     if isinstance(part, Video):
-        return gr.Video(written(shelf, part.frames, part.fps), show_label=False, autoplay=True, loop=True, buttons=[])
+        path = shelf.written(part, lambda: written(shelf, part.frames, part.fps))
+        return gr.Video(path, show_label=False, autoplay=True, loop=True, buttons=[])
     if isinstance(part, Shape | Trimesh):
         mesh = part.mesh if isinstance(part, Shape) else part
-        return gr.Model3D(shape.written(shelf, mesh), show_label=False, height=300)
+        return gr.Model3D(shelf.written(part, lambda: shape.written(shelf, mesh)), show_label=False, height=300)
     return gr.Image(part, format="png", show_label=False, buttons=["download"], container=False)
 
 
@@ -220,7 +221,11 @@ def choose(shelf: Shelf, given: set[str], target: str | None) -> str:
 
     able = shelf.makers(target) if target else shelf.names
     for name in able:
-        if given <= shelf.facts[name].takes:
+        known = shelf.facts[name]
+        # what is of the kind that is made comes before it in conversations, which training notes as nothing of its own
+        if given <= known.takes | {target} and all(
+            (one, target) in known.follows for one in given - {target} if target
+        ):
             return name
     read = " and ".join(WORDS[medium] for medium in sorted(given)) or "text"
     make = f" and makes {WORDS[target]}" if target else ""

@@ -69,7 +69,7 @@ def side(shelf: Shelf, number: int, first: str) -> tuple[list[Component], list[C
     with gr.Column(min_width=300):
         model = gr.Dropdown(able, value=name, label=f"Model {letter}")
         with gr.Row():
-            guidance = gr.Slider(1, 8, strength, step=0.1, label=f"Guidance {letter}", min_width=120)
+            guidance = gr.Slider(1, max(8.0, strength), strength, step=0.1, label=f"Guidance {letter}", min_width=120)
             temperature = gr.Slider(0, 2, heat, step=0.05, label=f"Temperature {letter}", min_width=120)
         look: dict[str, Any] = {"format": "png", "elem_classes": "pictures"}
         gallery = gr.Gallery(

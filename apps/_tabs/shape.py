@@ -66,6 +66,7 @@ def build(builder: Any, shelf: Shelf, prompt: str, seed: str, *options: Any) -> 
     with toasts():
         prompt = common.words(prompt, "the prompt is empty; say what the shape is")
         start, used = time.perf_counter(), common.chosen_seed(seed)
+        yield None, f"Seed {used}, …"  # nothing of another prompt stays beside what is said about this one
 
         def work(tell: Callable[[Event], None]) -> Any:
             return builder(prompt, seed=used, callback=tell, **common.sampling(*options))

@@ -8,7 +8,7 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -44,10 +44,11 @@ class Facts:
     """What the app must know of a model to lay out its tabs, without the model itself."""
 
     modalities: dict[str, str]
-    """See `mm.pipelines.abilities.Abilities`, as of the next three."""
+    """See `mm.pipelines.abilities.Abilities`, as of the next four."""
     makes: frozenset[str]
     reads: frozenset[str]
     takes: frozenset[str]
+    follows: frozenset[tuple[str, str]]
     sampling: dict[str, Sampling]
     """What the checkpoint recommends, by modality."""
     steps: dict[str, int] = field(default_factory=dict)
@@ -80,6 +81,7 @@ def facts(
         makes=able.makes,
         reads=able.reads,
         takes=able.takes,
+        follows=frozenset(able.follows),
         sampling=dict(sampling),
         steps={name: parts[name][1].default_steps for name in able.modalities.values()},
         frames=frames,
@@ -138,6 +140,7 @@ class Shelf:
         else:
             self.facts = {name: _known(pipeline) for name, pipeline in given.items()}
         self.lock = threading.Lock()
+        self._written: dict[int, str] = {}
         self.folder = Path(tempfile.mkdtemp(prefix="mm-app-"))
         weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
 
@@ -175,6 +178,15 @@ class Shelf:
     def reader(self, name: str, medium: str) -> Any:
         """The pipeline that says what is in a medium with a model."""
         return self.open(name, _find(READERS[medium]))
+
+    def written(self, part: Any, write: Callable[[], str]) -> str:
+        """The file of something that is shown again and again: written when it is first asked for, or once it was deleted."""
+        path = self._written.get(id(part))
+        if path is None or not Path(path).is_file():
+            if path is None:
+                weakref.finalize(part, self._written.pop, id(part), None)
+            path = self._written[id(part)] = write()
+        return path
 
     def place(self, ending: str) -> Path:
         """Where a new file may be written: in a folder of the app, under a random name. Old files there are deleted."""

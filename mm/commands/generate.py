@@ -129,7 +129,7 @@ def main(argv: list[str]) -> int:
     kinds = ["text"] * able.writes + [kind for medium, kind in making.KINDS.items() if medium in able.makes]
     if args.to not in kinds and args.to != "text":  # of texts the maker says more
         raise ValueError(
-            f"{args.model!r} makes {' and '.join(kinds)}, not {args.to!r}"
+            f"{args.model!r} makes {' and '.join(kinds) or 'nothing'}, not {args.to!r}"
             + {"speech": f"; {SPEAKERS}", "video": f"; {FILMS}", "3d": f"; {MODELLERS}"}.get(args.to, "")
         )
     with Bar("generating", args.to) as bar:
@@ -158,6 +158,8 @@ def usual(args: Namespace) -> str:
     from mm.pipelines.media import CLIPS, SOUNDS
 
     given = "text"
+    if args.to == "3d" and args.given:
+        given = "image"
     if args.to == "text" and args.given:
         ending = Path(args.given[0]).suffix.lower()
         given = "shape" if making.solids(args) else "speech" if ending in SOUNDS else "image"

@@ -138,6 +138,7 @@ def videos(pipeline: Pipeline, args: Namespace, progress: Any) -> Any:
 
 def meshes(pipeline: Pipeline, args: Namespace, progress: Any) -> Any:
     """Shapes for the prompt, or of what pictures show."""
+    from mm.pipelines.abilities import abilities_of
     from mm.pipelines.image_to_3d import ImageTo3DPipeline
     from mm.pipelines.text_to_3d import TextTo3DPipeline
 
@@ -145,6 +146,12 @@ def meshes(pipeline: Pipeline, args: Namespace, progress: Any) -> Any:
         num_meshes=args.num, scales=args.scales, seed=args.seed, callback=progress, **_options(args)
     )
     if args.given:
+        able = abilities_of(pipeline)
+        if "picture" in able.modalities and ("picture", "shape") not in able.follows:
+            raise ValueError(
+                f"{args.model!r} learned to make no shapes of pictures; give a prompt without --from, or use a model that did "
+                "(mm fit -c configs/systems/sar3d.yaml)"
+            )
         return ImageTo3DPipeline(pipeline.model, pipeline.recommended)(args.given, **options)
     return TextTo3DPipeline(pipeline.model, pipeline.recommended)(args.prompt, **options)
 

@@ -53,7 +53,14 @@ class PerturbedSource(Source):
         seed: int = 0,
         **options: Any,
     ) -> None:
-        super().__init__(**options)
+        # by default the text is that of the source, which may have a format of its own for it
+        super().__init__(**{"caption": "{text}", **options})
+        if self.split != "all":
+            raise ValueError(
+                f"got split {self.split!r}; give it to the source that is copied: all copies are of one split"
+            )
+        copies, seed = _whole("copies", copies), _whole("seed", seed)
+        speed, silence, gain = _number("speed", speed), _number("silence", silence), _number("gain", gain)
         if not 1 <= copies <= MAX_COUNT // max(1, len(source)):
             raise ValueError(
                 f"copies must be 1 to {MAX_COUNT // max(1, len(source)):,} of {len(source):,} examples, got {copies:,}"
@@ -64,7 +71,7 @@ class PerturbedSource(Source):
             raise ValueError(f"silence is 0 to 10 seconds, got {silence}")
         if not 0 <= gain <= 40:
             raise ValueError(f"gain is 0 to 40 decibels, got {gain}")
-        if noise is not None and (len(noise) != 2 or not -20 <= noise[0] <= noise[1] <= 100):
+        if noise is not None and not _is_range(noise):
             raise ValueError(f"noise is two ratios in decibels, the smaller first, from −20 to 100, got {noise!r:.60}")
         if seed < 0:
             raise ValueError(f"seed must be at least 0, got {seed}")
@@ -83,7 +90,11 @@ class PerturbedSource(Source):
         copy, index = divmod(ordinal, len(self.source))
         example = self.source[index]
         fields: dict[str, Any] = {name: dict.__getitem__(example, name) for name in example}
-        if copy and self.field in fields:
+        if self.field not in fields:
+            raise BrokenExample(
+                f"{self.source.what} has no field {self.field!r} to change; it has: {', '.join(sorted(fields))}"
+            )
+        if copy:
             fields[self.field] = Lazy(lambda: self._changed(example[self.field], ordinal))
         return fields
 
@@ -97,8 +108,8 @@ class PerturbedSource(Source):
         # every draw is taken in every case, so that one setting doesn't change what another draws
         speed, silence, gain, ratio = rng.uniform(-1, 1), rng.uniform(), rng.uniform(-1, 1), rng.uniform()
         percent = STEPS + round(STEPS * self.speed * speed)
-        # samples taken to be `percent` % as many a second last 100 / percent as long at the sound's own rate
-        changed = resample(Audio(audio.samples, max(1, audio.rate * percent // STEPS)), audio.rate).samples
+        # the same samples, taken to be `percent` where `STEPS` are wanted, last STEPS / percent as long
+        changed = resample(Audio(audio.samples, percent), STEPS).samples
         changed = np.concatenate([np.zeros(int(silence * self.silence * audio.rate), np.float32), changed])
         changed = changed * np.float32(10 ** (self.gain * gain / 20))
         if self.noise is not None and changed.size:
@@ -107,3 +118,22 @@ class PerturbedSource(Source):
             scale = (power / 10 ** (level / 10)) ** 0.5
             changed = changed + (scale * rng.standard_normal(changed.size)).astype(np.float32)
         return Audio(changed, audio.rate)
+
+
+def _whole(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name} is a whole number, got {value!r:.60}")
+    return value
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{name} is a number, got {value!r:.60}")
+    return float(value)
+
+
+def _is_range(value: Any) -> bool:
+    if not isinstance(value, Sequence) or len(value) != 2:
+        return False
+    low, high = value
+    return isinstance(low, int | float) and isinstance(high, int | float) and -20 <= low <= high <= 100

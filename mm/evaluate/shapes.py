@@ -25,6 +25,7 @@ from mm.evaluate.shape_judge import KIND, ShapeJudge, agreement, kind_said, shap
 from mm.evaluate.subject import Tested
 from mm.evaluate.tokenizer import count_codes, usage_and_perplexity
 from mm.interfaces import ModalityTokenizer, Sampling
+from mm.pipelines.abilities import abilities_of
 from mm.pipelines.image_to_3d import ImageTo3DPipeline
 from mm.pipelines.outputs import MeshOutput
 from mm.pipelines.shape_to_text import ShapeToTextPipeline
@@ -151,10 +152,8 @@ def evaluate_shapes(
 
 def draws_pictured(subject: ShapeSubject) -> bool:
     """Whether it makes shapes of pictures, as far as is known."""
-    if "picture" not in subject.makes.media or not subject.tokenizer.decodes:
-        return False
-    learned = subject.makes.model.directions
-    return learned is None or (subject.makes.picture, subject.makes.shape) in learned
+    able = abilities_of(subject.makes)
+    return "shape" in able.makes and ("picture", "shape") in able.follows
 
 
 def ask(source: ShapesSource, count: int, size: int) -> Asked:

@@ -4,26 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 from mm.directions import Directions
 from mm.interfaces import ModalityTokenizer
 from mm.pipelines.base import Pipeline
 from mm.pipelines.media import Medium, medium_of
 
+Kind = Medium | Literal["text"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Abilities:
-    """By what training showed the model, or, where that isn't known, by its modalities."""
+    """By what training showed the model, or, where that isn't known, by its modalities. Of several modalities of a medium the
+    first counts, which is the one that pipelines use."""
 
     modalities: dict[Medium, str]
-    """The modality of each medium: where there are several, the first that is made."""
+    """The modality of each medium."""
     makes: frozenset[Medium]
-    reads: frozenset[Medium]
-    """Media that it says in words what they are."""
-    takes: frozenset[Medium]
-    """Media that something may follow on, be it text or not."""
     writes: bool
     """Whether it writes texts at all."""
+    follows: frozenset[tuple[Kind, Kind]]
+    """(given, made): what it makes of what, by medium or text."""
+
+    @property
+    def reads(self) -> frozenset[Medium]:
+        """Media that it says in words what they are."""
+        return frozenset(medium for medium in self.modalities if (medium, "text") in self.follows)
+
+    @property
+    def takes(self) -> frozenset[Medium]:
+        """Media that something may follow on, be it text or not."""
+        given = {given for given, _ in self.follows}
+        return frozenset(medium for medium in self.modalities if medium in given)
 
 
 def abilities(
@@ -37,34 +50,32 @@ def abilities(
     Args:
         text: name of the modality of text.
         tokenizers: (name, tokenizer) of each other modality, in the model's order.
-        directions: what training showed; None where that isn't known.
+        directions: what training showed; None, or nothing, where that isn't known.
         by_word: whether sounds were learned word by word. Who learned that, and of whom nothing else is known, learned to speak,
             not to listen.
     """
-    media: dict[str, Medium] = {}
-    makers: set[str] = set()
+    names: dict[Medium, str] = {}
+    able: set[Medium] = set()
     for name, tokenizer in tokenizers:
-        if medium := medium_of(tokenizer.spec):
-            media[name] = medium
+        medium = medium_of(tokenizer.spec)
+        if medium and medium not in names:
+            names[medium] = name
             # sounds that stand for no place in time are those that are only read, such as a recogniser's
             if tokenizer.decodes and (tokenizer.spec.spatial or medium != "sound"):
-                makers.add(name)
-    if not directions:
-        read = taken = {name for name, medium in media.items() if not (medium == "sound" and by_word)}
-        # a model of speech alone, word by word, learned to speak only
-        writes = not (by_word and media and set(media.values()) == {"sound"})
+                able.add(medium)
+    if directions:
+        kinds: dict[str, Kind] = {text: "text", **{name: medium for medium, name in names.items()}}
+        learned = {(kinds[given], kinds[made]) for given, made in directions if given in kinds and made in kinds}
+        results = {made for _, made in learned}
+        makes, writes = able & results, "text" in results
     else:
-        makers &= {made for _, made in directions}
-        read = {given for given, made in directions if made == text}
-        taken = {given for given, made in directions if made != given}
-        writes = any(made == text for _, made in directions)
-    return Abilities(
-        modalities=_first(media, makers),
-        makes=frozenset(media[name] for name in makers),
-        reads=frozenset(medium for name, medium in media.items() if name in read),
-        takes=frozenset(medium for name, medium in media.items() if name in taken),
-        writes=writes,
-    )
+        # a model of speech alone, word by word, learned to speak only
+        makes, writes = able, not (by_word and set(names) == {"sound"})
+        starts: list[Kind] = ["text", *(medium for medium in names if not (medium == "sound" and by_word))]
+        ends: list[Kind] = [*makes, "text"] if writes else [*makes]
+        learned = {(given, made) for given in starts for made in ends}
+    follows = frozenset((given, made) for given, made in learned if given != made)
+    return Abilities(modalities=names, makes=frozenset(makes), writes=writes, follows=follows)
 
 
 def abilities_of(pipeline: Pipeline) -> Abilities:
@@ -72,10 +83,3 @@ def abilities_of(pipeline: Pipeline) -> Abilities:
     model = pipeline.model
     tokenizers = ((one.name, one.tokenizer) for one in model.modalities if one.name != pipeline.text)
     return abilities(pipeline.text, tokenizers, model.directions, model.by_word)
-
-
-def _first(media: dict[str, Medium], makers: set[str]) -> dict[Medium, str]:
-    found: dict[Medium, str] = {}
-    for name in [*(name for name in media if name in makers), *media]:
-        found.setdefault(media[name], name)
-    return {medium: found[medium] for medium in dict.fromkeys(media.values())}
