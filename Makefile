@@ -14,7 +14,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 # Two processes: more would fight for memory bandwidth. One thread each, so that they don't fight for the cores.
 WORKERS ?= 2
 export OMP_NUM_THREADS ?= 1
-OUT ?= demo
+OUT ?= outputs
 ARGS ?=
 
 .PHONY: help setup setup-dev setup-bench demo app bench test lint format docs clean
@@ -29,14 +29,18 @@ setup-dev: $(STAMPS)/dev ## the same with the tools of `make test` and `make lin
 
 setup-bench: $(STAMPS)/bench ## the same with the peers of `make bench`
 
-demo: $(STAMPS)/run ## pictures for a prompt, a caption for a picture, a spoken sentence, from models that ship with the package
+demo: $(STAMPS)/run ## pictures, speech, a video and a 3D shape for prompts, and captions, by one model that comes along
 	@mkdir -p $(OUT)
-	$(BIN)/mm generate "red apple" --to image --num 4 --seed 0 --out $(OUT)/red-apple.png
+	$(BIN)/mm generate "mushroom, twemoji" --to image --num 4 --seed 0 --out $(OUT)/mushroom.png
+	$(BIN)/mm generate --to text --from $(OUT)/mushroom-01.png --seed 0 --out $(OUT)/mushroom.txt
 	$(BIN)/mm generate "handwritten digit seven" --to image --num 12 --seed 0 --out $(OUT)/seven.png
-	$(BIN)/mm generate --to text --from $(OUT)/red-apple-01.png --seed 0 --out $(OUT)/red-apple.txt
 	$(BIN)/mm generate "three five one seven" --to speech --voice slt --seed 0 --out $(OUT)/three-five-one-seven.wav
-	@printf 'The pictures: %s and %s   The first of them in words: ' $(OUT)/red-apple.png $(OUT)/seven.png; \
-		cat $(OUT)/red-apple.txt; echo
+	$(BIN)/mm generate --to text --from $(OUT)/three-five-one-seven.wav --seed 0 --out $(OUT)/heard.txt
+	$(BIN)/mm generate "a handwritten seven moves right" --to video --seed 0 --out $(OUT)/seven-moves.gif
+	$(BIN)/mm generate "a tall table with three legs and a round top" --to 3d --seed 0 --out $(OUT)/table.glb
+	$(BIN)/mm generate --to text --from $(OUT)/table.glb --seed 0 --out $(OUT)/table.txt
+	@printf 'Everything is in $(OUT)/. In words, the first mushroom: %s; the sound: %s; the table: %s\n' \
+		"$$(cat $(OUT)/mushroom.txt)" "$$(cat $(OUT)/heard.txt)" "$$(cat $(OUT)/table.txt)"
 
 app: $(STAMPS)/run ## the demo in a browser (ARGS="--port 8000" and the like; Ctrl+C ends it)
 	$(BIN)/mm app $(ARGS)

@@ -459,11 +459,12 @@ def test_tabs_that_can_do_nothing_say_so(painter: TextToImagePipeline, every: Sh
 
 def test_usual_models_are_loaded_when_they_are_needed() -> None:
     shelf = Shelf()
-    assert {"mm-tiny", "mm-speech"} <= set(shelf.names) and all(map(shelf.loads, shelf.names))
-    assert shelf.makers("picture")[0] == "mm-tiny" and shelf.makers("sound")[0] == "mm-speech"
-    known, pipeline = shelf.facts["mm-speech"], shelf.maker("mm-speech", "sound")
-    assert known.voices == pipeline.model.voices and "sound" not in known.reads
-    assert not shelf.loads("mm-speech") and shelf.loads("mm-tiny")
+    assert {"mm-tiny", "mm-pictures"} <= set(shelf.names) and all(map(shelf.loads, shelf.names))
+    for medium in ("picture", "sound", "video", "shape"):
+        assert shelf.makers(medium)[0] == "mm-tiny"
+    known, pipeline = shelf.facts["mm-pictures"], shelf.maker("mm-pictures", "picture")
+    assert known.voices == pipeline.model.voices == () and "sound" not in known.reads
+    assert not shelf.loads("mm-pictures") and shelf.loads("mm-tiny")
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

@@ -109,7 +109,7 @@ def visit(chromium: Any, address: str) -> Iterator[Any]:
 def test_every_tab_makes_something(visit: Any, tmp_path: Path) -> None:
     v = visit()
     panel = v.tab("Picture")
-    panel.get_by_text("red apple, noto", exact=True).click()
+    panel.get_by_text("blue heart, noto", exact=True).click()
     panel.get_by_text("Seed").last.wait_for()
     panel.locator(".pictures img").nth(3).wait_for()
 
@@ -144,7 +144,7 @@ def test_every_tab_makes_something(visit: Any, tmp_path: Path) -> None:
     chosen.value.set_files([tmp_path / "a.png", tmp_path / "a.wav"])
     panel.get_by_label("Answer with").click()
     v.page.get_by_role("option", name="a picture").click()
-    field = panel.get_by_placeholder("red apple, noto")
+    field = panel.get_by_placeholder("blue heart, noto")
     field.fill("another")
     field.press("Enter")
     panel.locator(".bot img, .bot-row img").first.wait_for()
@@ -192,7 +192,7 @@ def test_with_the_keyboard_alone(visit: Any) -> None:
         raise AssertionError(f"the Tab key doesn't lead to {text!r}")
 
     v.page.get_by_label("Prompt").locator("visible=true").wait_for()
-    reach("red apple, noto")
+    reach("blue heart, noto")
     v.page.keyboard.type("red")
     press("Enter")
     v.page.locator(".pictures img").nth(3).wait_for()

@@ -401,9 +401,10 @@ def test_a_port_that_is_taken() -> None:
 def test_the_shipped_models_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     shelf = load(None, "cpu", 2, None)
-    assert next(iter(shelf.models)) == "mm-tiny" and "mm-speech" in shelf.models
-    assert shelf.choose("speech").name == "mm-speech" and shelf.choose("image").name == "mm-tiny"
-    assert not shelf.models["mm-speech"].can("transcription"), "it has learned to speak, word by word"
+    assert next(iter(shelf.models)) == "mm-tiny" and "mm-pictures" in shelf.models
+    for endpoint in ("speech", "transcription", "image", "video", "shape"):
+        assert shelf.choose(endpoint).name == "mm-tiny"
+    assert not shelf.models["mm-pictures"].can("speech") and shelf.models["mm-pictures"].can("image")
     shelf.close()
     with pytest.raises(ValueError, match="at least one model"):
         Shelf({})

@@ -909,8 +909,8 @@ def test_the_command_listens(folder: Path, capsys: pytest.CaptureFixture[str]) -
         (["seven", "--to", "speech", "--mask", "a.png"], "--mask goes with --to image and one picture"),
         (["seven", "--to", "speech", "--max-tokens", "5"], "--max-tokens goes with --to text"),
         (
-            ["seven", "--to", "speech", "--model", "mm-tiny"],
-            "'mm-tiny' makes text and image, not 'speech'; models that",
+            ["seven", "--to", "speech", "--model", "mm-pictures"],
+            "'mm-pictures' makes text and image, not 'speech'; models that",
         ),
     ],
 )

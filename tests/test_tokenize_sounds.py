@@ -94,8 +94,11 @@ def test_tokenize_counts_the_words_that_are_misheard(
 def test_tokenize_refusals(clip: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     for arguments, message in (
         (["none.wav", "--tokenizer", "text_bytes"], "'none.wav' is missing"),
-        (["clip.flac", "--tokenizer", "mm-tiny"], "has no tokenizer for sounds"),
-        (["clip.flac", "--tokenizer", "mm-tiny", "--out", "x.mp3"], "unknown ending '.mp3'; use one of .wav, .flac"),
+        (["clip.flac", "--tokenizer", "mm-pictures"], "has no tokenizer for sounds"),
+        (
+            ["clip.flac", "--tokenizer", "mm-pictures", "--out", "x.mp3"],
+            "unknown ending '.mp3'; use one of .wav, .flac",
+        ),
         (["x.txt", "--tokenizer", "text_bytes", "--transcript", "one"], "--transcript is of what is said in a sound"),
         (["clip.flac", "--tokenizer", "x", "--transcript", " "], "--transcript is empty"),
     ):

@@ -113,8 +113,8 @@ def test_pictures_and_folders_of_them_are_clips_too(here: Path, capsys: pytest.C
     assert tokenized(capsys, "frames/0.png", "--tokenizer", "vae")["frames"] == 1
     figures = tokenized(capsys, "frames", "--tokenizer", "vae")
     assert figures["frames"] == 3 and figures["file_bits"] is None
-    # for the tokenizers of the tiny model an animation is a picture: its first frame
-    assert tokenized(capsys, "clip.gif", "--tokenizer", "mm-tiny")["size"] == [28, 20]
+    # for the tokenizers of a model without video an animation is a picture: its first frame
+    assert tokenized(capsys, "clip.gif", "--tokenizer", "mm-pictures")["size"] == [28, 20]
 
 
 def test_which_files_are_taken_for_what(here: Path) -> None:
@@ -141,7 +141,7 @@ def test_refusals(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["broken.gif", "--tokenizer", "vae"], "the video 'broken.gif' is damaged or not a picture (GIF)\n"),
         (["clip.gif", "--tokenizer", "vae", "--out", "x.avi"], "unknown ending '.avi'"),
         (["clip.gif", "--tokenizer", "vae", "--transcript", "one"], "--transcript is of what is said in a sound"),
-        (["x.mp4", "--tokenizer", "mm-tiny"], "has no tokenizer for videos"),
+        (["x.mp4", "--tokenizer", "mm-pictures"], "has no tokenizer for videos"),
     ):
         assert main(["tokenize", *arguments]) == 2
         assert message in capsys.readouterr().err

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mm.generation import Event
     from mm.pipelines.any_to_any import AnyToAnyPipeline
 
-EXAMPLES = ("red apple, noto", "handwritten digit seven", "red apple, twemoji")
+EXAMPLES = ("blue heart, noto", "handwritten digit seven", "mushroom, twemoji")
 AUTOMATIC, TEXT = "whatever fits", "text"
 ANSWERS = {"picture": "a picture", "sound": "speech", "video": "a video", "shape": "a shape"}
 FILES = 4
@@ -56,7 +56,7 @@ def tab(shelf: Shelf) -> None:
     message = gr.MultimodalTextbox(
         label="Message",
         show_label=False,
-        placeholder="red apple, noto",
+        placeholder=EXAMPLES[0],
         file_count="multiple",
         file_types=["image", "audio", "video", *sorted(SHAPES)],
         sources=["upload", "microphone"] if shelf.readers("sound") else ["upload"],

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mm.generation import Event
     from mm.pipelines.text_to_image import TextToImagePipeline
 
-EXAMPLES = ("red apple, noto", "red apple, twemoji", "handwritten digit seven")
+EXAMPLES = ("blue heart, noto", "mushroom, twemoji", "handwritten digit seven")
 MOST = 16
 """Pictures drawn at once."""
 

@@ -45,7 +45,12 @@ def shape(panel: Any, page: Any) -> None:
     panel.get_by_text("faces, made in").wait_for()
 
 
-TABS = {"picture": ("Picture", picture), "speech": ("Speech", speech), "video": ("Video", video), "shape": ("3D", shape)}
+TABS = {
+    "picture": ("Picture", picture),
+    "speech": ("Speech", speech),
+    "video": ("Video", video),
+    "shape": ("3D", shape),
+}
 
 
 def main() -> None:

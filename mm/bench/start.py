@@ -20,7 +20,7 @@ status = main(["generate", "red apple, noto", "--to", "image", "--seed", "0", "-
 assert status == 0
 """
 
-# The model and the batch of configs/tiny.yaml: 2,048 positions of captions and pictures. No data are needed.
+# The model and the batch of configs/pictures.yaml: 2,048 positions of captions and pictures. No data are needed.
 TRAIN = """
 import lightning, torch
 from mm.hub import load_pretrained
@@ -70,7 +70,7 @@ def rows(settings: Settings) -> Iterator[Row]:
     if find_spec("resource") is None:  # Windows
         return
     yield Row("memory of generating a picture, at most", peak(GENERATE) / GIB, "GiB")
-    yield Row("memory of training configs/tiny.yaml, at most", peak(TRAIN) / GIB, "GiB")
+    yield Row("memory of training configs/pictures.yaml, at most", peak(TRAIN) / GIB, "GiB")
 
 
 def median(command: list[str], rounds: int) -> float:

@@ -47,6 +47,8 @@ class CrossingSubject(Tested):
     def _open(self) -> None:
         self.pipeline = AnyToAnyPipeline(self.model, self.recommended, self.batch)
         self.picture, self.speech = self.pipeline.picture, self.pipeline.speech
+        for name in (self.picture, self.speech):
+            self.pipeline.recommended[name] = self.pipeline.sampling(name, self.options)
 
     def draw_heard(self, audios: Sequence[Audio], seed: int) -> list[Any]:
         return self._turn([[audio] for audio in audios], self.picture, seed)

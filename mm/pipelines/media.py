@@ -18,15 +18,12 @@ CLIPS = frozenset(f".{name}" for name in EXTENSIONS) | ANIMATED
 """Endings of files that are videos, or may be (`ANIMATED`)."""
 SHAPES = frozenset(f".{name}" for name in SOLIDS)
 """Endings of files that are meshes; shapes as grids are `.npz` files."""
-SPEAKERS = (
-    "models that speak or listen are those trained with mm fit -c configs/systems/ardit.yaml, musicgen.yaml or asr.yaml"
-)
+ALONG = "mm-tiny, which comes along, and those trained with mm fit -c configs/systems"
+SPEAKERS = f"models that speak or listen are {ALONG}/ardit.yaml, musicgen.yaml or asr.yaml"
 """What to use instead of a model without sound."""
-FILMS = "models that make or read video are those trained with mm fit -c configs/systems/vid_gpt.yaml or video_vq.yaml"
+FILMS = f"models that make or read video are {ALONG}/vid_gpt.yaml or video_vq.yaml"
 """What to use instead of a model without video."""
-MODELLERS = (
-    "models of shapes are those trained with mm fit -c configs/systems/sar3d.yaml, voxel_lm.yaml or mesh_lm.yaml"
-)
+MODELLERS = f"models of shapes are {ALONG}/sar3d.yaml, voxel_lm.yaml or mesh_lm.yaml"
 """What to use instead of a model without shapes."""
 
 
