@@ -226,7 +226,7 @@ def test_what_cannot_be_made(held: MultimodalModel) -> None:
         (lambda: TextTo3DPipeline(model(Reader(), Scales()))("a"), "this model reads 'solid' and can't make it"),
         (
             lambda: TextTo3DPipeline(tiny())("a"),
-            "no modality of shapes; it has text, image; models of shapes are those",
+            "no modality of shapes; it has text, image; models of shapes are mm-tiny, which comes along, and those",
         ),
         (lambda: ShapeToTextPipeline(tiny())(ball()), "no modality of shapes; it has text, image"),
         (lambda: ImageTo3DPipeline(tiny())(Image.new("RGB", (4, 4))), "no modality of shapes"),

@@ -65,7 +65,7 @@ def main() -> None:
     options = ["--no-sandbox", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=options)
-        page = browser.new_page(viewport={"width": 1200, "height": 760})
+        page = browser.new_page(viewport={"width": 1200, "height": 960})
         page.set_default_timeout(PATIENCE)
         page.goto(address)
         for file in args.tabs:
