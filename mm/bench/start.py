@@ -30,7 +30,7 @@ from mm.optimization import optimizer_and_schedule
 from mm.runtime import tune_cpu
 from mm.stream import pack
 tune_cpu()
-model = load_pretrained("mm-tiny").train()
+model = load_pretrained("mm-pictures").train()
 rng = torch.Generator().manual_seed(0)
 documents, count = [], 0
 while True:
