@@ -13,7 +13,10 @@ from importlib.util import find_spec
 from typing import TextIO
 
 COMMANDS = {
-    "generate": ("mm.commands.generate", "pictures, speech, video or text for a prompt, from a checkpoint"),
+    "generate": (
+        "mm.commands.generate",
+        "pictures, speech, video, shapes or text for a prompt or a file, from a checkpoint",
+    ),
     "fit": ("mm.commands.train", "train a tokenizer or a model:  mm fit -c configs/systems/liquid.yaml"),
     "validate": ("mm.commands.train", "losses on the validation data of a configuration"),
     "test": ("mm.commands.train", "the same on the test data"),

@@ -132,6 +132,12 @@ def test_mistakes_are_one_sentence_and_debug_shows_where(here: Path, capsys: pyt
         (["generate", "--to", "text", "--from", "none.png"], "'none.png' is missing"),
         (["generate", "red", "--mask", "m.png"], "--mask goes with --to image and one picture in --from"),
         (["fit", "-c", "none.yaml"], "there is no configuration 'none.yaml'"),
+        (["generate", "red\x1b[31m apple"], "the prompt has the control character U+001B; leave it out"),
+        (["generate", "--to", "3d", "--from", "a.wav"], "--to 3d takes pictures in --from, got the sound 'a.wav'"),
+        (
+            ["generate", "--to", "video", "--from", "a.wav"],
+            "--to video takes a picture or a clip in --from, got the sound",
+        ),
         (["tokenize", "none.png", "--tokenizer", "mm-tiny"], "'none.png' is missing"),
         (["tokenize", "none.png", "--tokenizer", "mm-tiny", "--out", "x.txt"], "unknown ending '.txt'"),
         (["tokenize", "none.txt", "--tokenizer", "text_bytes", "--out", "x.png"], "unknown ending '.png'"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+import unicodedata
 from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -175,6 +176,13 @@ def check_given(args: Namespace) -> None:
     from mm.pipelines.outputs import PICTURES
     from mm.video_encoding import MAX_SCALE
 
+    odd = next((c for c in args.prompt or "" if unicodedata.category(c) == "Cc" and c not in "\n\r\t"), None)
+    if odd is not None:
+        raise ValueError(f"the prompt has the control character U+{ord(odd):04X}; leave it out")
+    heard = next((name for name in args.given if Path(name).suffix.lower() in SOUNDS - CLIPS), None)
+    if heard is not None and args.to in ("video", "3d"):
+        takes = "a picture or a clip" if args.to == "video" else "pictures"
+        raise ValueError(f"--to {args.to} takes {takes} in --from, got the sound {heard!r}")
     for name in ("frames", "scales", "steps", "denoising_steps", "max_tokens"):
         if (value := getattr(args, name)) is not None and value < 1:
             option = f"--{name.replace('_', '-')}"
