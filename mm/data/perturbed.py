@@ -17,6 +17,7 @@ import numpy as np
 from mm.audio import Audio, resample
 from mm.data.example import BrokenExample, Lazy, Source, digest
 from mm.data.joined import MAX_COUNT
+from mm.saved import number, whole_number
 
 STEPS = 100
 """A speed is a whole number of hundredths: rates then have small common ratios, whose filters are kept."""
@@ -59,8 +60,10 @@ class PerturbedSource(Source):
             raise ValueError(
                 f"got split {self.split!r}; give it to the source that is copied: all copies are of one split"
             )
-        copies, seed = _whole("copies", copies), _whole("seed", seed)
-        speed, silence, gain = _number("speed", speed), _number("silence", silence), _number("gain", gain)
+        for name, value in (("copies", copies), ("seed", seed)):
+            whole_number(name, value)
+        for name, share in (("speed", speed), ("silence", silence), ("gain", gain)):
+            number(name, share)
         if not 1 <= copies <= MAX_COUNT // max(1, len(source)):
             raise ValueError(
                 f"copies must be 1 to {MAX_COUNT // max(1, len(source)):,} of {len(source):,} examples, got {copies:,}"
@@ -76,9 +79,9 @@ class PerturbedSource(Source):
         if seed < 0:
             raise ValueError(f"seed must be at least 0, got {seed}")
         self.source, self.copies, self.field, self.seed = source, copies, field, seed
-        self.speed, self.silence, self.gain = speed, silence, gain
+        self.speed, self.silence, self.gain = float(speed), float(silence), float(gain)
         self.noise = None if noise is None else (float(noise[0]), float(noise[1]))
-        self._finish([f"{number:08d}" for number in range(len(source) * copies)], f"{source.what}, {copies} copies")
+        self._finish([f"{place:08d}" for place in range(len(source) * copies)], f"{source.what}, {copies} copies")
 
     @property
     def identity(self) -> str:
@@ -118,18 +121,6 @@ class PerturbedSource(Source):
             scale = (power / 10 ** (level / 10)) ** 0.5
             changed = changed + (scale * rng.standard_normal(changed.size)).astype(np.float32)
         return Audio(changed, audio.rate)
-
-
-def _whole(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{name} is a whole number, got {value!r:.60}")
-    return value
-
-
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{name} is a number, got {value!r:.60}")
-    return float(value)
 
 
 def _is_range(value: Any) -> bool:
