@@ -223,9 +223,8 @@ def choose(shelf: Shelf, given: set[str], target: str | None) -> str:
     for name in able:
         known = shelf.facts[name]
         # what is of the kind that is made comes before it in conversations, which training notes as nothing of its own
-        if given <= known.takes | {target} and all(
-            (one, target) in known.follows for one in given - {target} if target
-        ):
+        learned = {medium for medium, made in known.follows if made == target} | {target} if target else known.takes
+        if given <= learned:
             return name
     read = " and ".join(WORDS[medium] for medium in sorted(given)) or "text"
     make = f" and makes {WORDS[target]}" if target else ""

@@ -18,18 +18,17 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 MODALITIES = ("text", "image", "speech", "video", "shape")
 
 
-def curve(run: Path, tag: str) -> tuple[list[int], list[float]]:
-    """Steps and values; what a resumed training did again replaces what it had done before."""
-    values: dict[int, float] = {}
+def curves(run: Path) -> dict[str, dict[int, float]]:
+    """Tag → step → value; what a resumed training did again replaces what it had done before."""
+    found: dict[str, dict[int, float]] = {}
     for events in sorted(run.rglob("events.out.tfevents.*"), key=lambda file: file.name.split(".")[3]):
         log = EventAccumulator(str(events), size_guidance={"scalars": 0})
         log.Reload()
-        if tag not in log.Tags()["scalars"]:
-            continue
-        scalars = log.Scalars(tag)
-        values = {step: value for step, value in values.items() if step < scalars[0].step}
-        values |= {scalar.step: scalar.value for scalar in scalars}
-    return list(values), list(values.values())
+        for tag in log.Tags()["scalars"]:
+            scalars = log.Scalars(tag)
+            kept = {step: value for step, value in found.get(tag, {}).items() if step < scalars[0].step}
+            found[tag] = kept | {scalar.step: scalar.value for scalar in scalars}
+    return found
 
 
 def main() -> None:
@@ -40,14 +39,16 @@ def main() -> None:
     args = parser.parse_args()
     plt.rcParams["svg.hashsalt"] = "mm"  # the same figure, the same file
     figure, panels = plt.subplots(1, len(MODALITIES), figsize=(13, 2.4))
+    runs = [curves(run) for run in args.runs]
     for name, axes in zip(MODALITIES, panels, strict=True):
         start = 0
-        for run in args.runs:
-            last = max(curve(run, "train/loss")[0], default=-1)
-            steps, values = curve(run, f"train/{name}")
+        for run in runs:
+            last = max(run.get("train/loss", {}), default=-1)
+            values = run.get(f"train/{name}", {})
+            steps = list(values)
             width = min(args.smooth, len(values))
             if width:
-                smooth = np.convolve(values, np.ones(width) / width, "valid")
+                smooth = np.convolve(list(values.values()), np.ones(width) / width, "valid")
                 axes.plot([start + step for step in steps[width - 1 :]], smooth, linewidth=1)
             start += last + 1
         axes.set_title(name, fontsize=9)

@@ -32,7 +32,6 @@ SHAPES = [
     "a tall mug with one handle",
     "a cone on top of a box",
 ]
-COLUMNS = 10
 
 
 def main() -> None:
