@@ -177,17 +177,26 @@ def test_the_command_cuts_and_says_so(here: Path, capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize(
     ("directions", "arguments", "message"),
     [
-        ({("text", "film")}, ["a"], "'both' learned to write no text at all; use --to video, or another model"),
+        ({("text", "film")}, ["a"], "'both' learned to write no text at all; use --to video or another model"),
         (
             {("text", "film"), ("image", "film")},
             ["--from", "folder"],
-            "no text of clips; use --to video, or another model",
+            "'both' learned to make no text of clips; use a model that learned it",
         ),
-        ({("film", "text"), ("text", "image")}, ["--from", "a.png"], "no text of pictures; use --to image, or another"),
+        (
+            {("film", "text"), ("text", "image")},
+            ["--from", "a.png"],
+            "no text of pictures; it makes text of clips; use a model",
+        ),
         ({("film", "text")}, ["--from", "folder"], ""),
         ({("film", "text")}, ["a"], ""),
         ({("text", "image"), ("text", "text")}, ["a"], ""),
-        ({("text", "image"), ("text", "text")}, ["--from", "a.png"], "no text of pictures; use --to image, or another"),
+        ({("text", "image"), ("text", "text")}, ["--from", "a.png"], "no text of pictures; use a model"),
+        (
+            {("image", "film"), ("film", "text")},
+            ["--from", "a.png"],
+            "it makes text of clips and clips of pictures; use a",
+        ),
         (None, ["--from", "a.png"], ""),
         (None, ["a"], ""),
     ],
@@ -205,6 +214,18 @@ def test_text_of_a_model_that_learned_to_write_none(
     status = run_mm(["generate", "--to", "text", "--model", "both", "--max-tokens", "3", *arguments])
     said = capsys.readouterr().err
     assert status == (2 if message else 0) and message in said
+
+
+def test_pipelines_refuse_what_was_not_learned() -> None:
+    reader = ImageToTextPipeline(both())
+    red = Image.new("RGB", (4, 4), "red")
+    assert len(reader([red, clip(3)], max_tokens=2).texts) == 2  # it isn't known what training showed
+    reader.model.directions = frozenset({("film", "text"), ("text", "image")})
+    assert len(reader(clip(3), max_tokens=2).texts) == 1
+    with pytest.raises(
+        ValueError, match="^this model learned to make no text of pictures; it makes text of clips; use"
+    ):
+        reader([clip(3), red], max_tokens=2)
 
 
 # --- folders of pictures ----------------------------------------------------------------------------------------------

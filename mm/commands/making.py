@@ -138,7 +138,6 @@ def videos(pipeline: Pipeline, args: Namespace, progress: Any) -> Any:
 
 def meshes(pipeline: Pipeline, args: Namespace, progress: Any) -> Any:
     """Shapes for the prompt, or of what pictures show."""
-    from mm.pipelines.abilities import abilities_of
     from mm.pipelines.image_to_3d import ImageTo3DPipeline
     from mm.pipelines.text_to_3d import TextTo3DPipeline
 
@@ -146,12 +145,6 @@ def meshes(pipeline: Pipeline, args: Namespace, progress: Any) -> Any:
         num_meshes=args.num, scales=args.scales, seed=args.seed, callback=progress, **_options(args)
     )
     if args.given:
-        able = abilities_of(pipeline)
-        if "picture" in able.modalities and ("picture", "shape") not in able.follows:
-            raise ValueError(
-                f"{args.model!r} learned to make no shapes of pictures; give a prompt without --from, or use a model that did "
-                "(mm fit -c configs/systems/sar3d.yaml)"
-            )
         return ImageTo3DPipeline(pipeline.model, pipeline.recommended)(args.given, **options)
     return TextTo3DPipeline(pipeline.model, pipeline.recommended)(args.prompt, **options)
 
@@ -175,15 +168,10 @@ def texts(pipeline: Pipeline, args: Namespace, progress: Any) -> Any:
     from mm.pipelines.outputs import TextOutput
 
     if _heard(pipeline, args):
-        check_writes(pipeline, args, "sound")
         return _transcripts(pipeline, args, progress)
     if solids(args):
-        check_writes(pipeline, args, "shape")
         return _told(pipeline, args, progress)
     if args.given:
-        clips = {pipeline.is_clip(name) for name in args.given}
-        for medium in sorted({"video" if clip else "picture" for clip in clips} & pipeline.media):
-            check_writes(pipeline, args, medium)
         reader = ImageToTextPipeline(pipeline.model, pipeline.recommended)
         return reader(
             args.given,
@@ -196,7 +184,6 @@ def texts(pipeline: Pipeline, args: Namespace, progress: Any) -> Any:
         )
     if not args.prompt:
         raise ValueError("there is nothing to continue; give a prompt, or pictures, sounds or clips with --from")
-    check_writes(pipeline, args, None)
     assert isinstance(pipeline, AnyToAnyPipeline)
     sampling = pipeline.sampling(pipeline.text, _options(args))
     if args.num > 1 and sampling.temperature == 0:
@@ -214,25 +201,24 @@ def texts(pipeline: Pipeline, args: Namespace, progress: Any) -> Any:
     return TextOutput(["".join(map(str, parts)) for parts in out.documents], [], out.seed)
 
 
-def check_writes(pipeline: Pipeline, args: Namespace, given: Medium | None) -> None:
-    """Raises `ValueError` for a model whose training showed it no text to write, at all or of such a medium: it would answer with
-    nothing, or with anything."""
-    from mm.pipelines.abilities import abilities_of
+def check_learned(pipeline: Pipeline, args: Namespace) -> None:
+    """Raises `ValueError` for a model whose training showed it nothing of the kind: it would answer with nothing, or anything."""
+    from mm.pipelines import abilities
+    from mm.pipelines.any_to_any import AnyToAnyPipeline
 
-    able = abilities_of(pipeline)
-    if able.writes if given is None else given in able.reads:
-        return
-    if given is not None and given not in able.modalities:
-        return  # whoever reads it says so
-    instead = " or ".join(f"--to {kind}" for medium, kind in KINDS.items() if medium in able.makes)
-    what = {"picture": "of pictures", "sound": "of sounds", "video": "of clips", "shape": "of shapes", None: "at all"}[
-        given
-    ]
-    raise ValueError(
-        f"{args.model!r} learned to write no text {what}; use "
-        + (f"{instead}, or " if instead else "")
-        + "another model"
-    )
+    assert isinstance(pipeline, AnyToAnyPipeline)
+    made = next((medium for medium, kind in KINDS.items() if kind == args.to), "text")
+    able = abilities.abilities_of(pipeline)
+    if made == "text" and not (args.given or able.writes):
+        instead = [f"--to {kind}" for medium, kind in KINDS.items() if ("text", medium) in able.follows]
+        raise ValueError(
+            f"{args.model!r} learned to write no text at all; use {' or '.join([*instead, 'another model'])}"
+        )
+    if made == "video" or args.mask or args.span:
+        return  # what is given is the beginning, or the rest, of what is made
+    for given in dict.fromkeys(pipeline.medium(Path(name)) for name in args.given):
+        if given != made:
+            abilities.check_learned(pipeline, given, made, repr(args.model))
 
 
 def _heard(pipeline: Pipeline, args: Namespace) -> bool:

@@ -146,8 +146,10 @@ def evaluate_shapes(
     if draws_pictured(subject):
         say("shapes: from pictures")
         figures += pictured_figures(subject, source, judge, asked, protocol, folder)
-    say("shapes: captions and answers")
-    return figures + caption_figures(subject, asked, protocol)
+    if "shape" in abilities_of(subject.reads).reads:
+        say("shapes: captions and answers")
+        figures += caption_figures(subject, asked, protocol)
+    return figures
 
 
 def draws_pictured(subject: ShapeSubject) -> bool:

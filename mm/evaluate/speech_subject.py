@@ -17,6 +17,7 @@ from mm.evaluate.speech_figures import hearing_figures, prepare, speaking_figure
 from mm.evaluate.subject import Tested
 from mm.interfaces import ModalityTokenizer
 from mm.listening import NAME
+from mm.pipelines.abilities import abilities_of
 from mm.pipelines.sound_editing import Edit
 from mm.pipelines.speech_to_text import SpeechToTextPipeline
 from mm.pipelines.text_to_speech import TextToSpeechPipeline
@@ -133,6 +134,6 @@ def evaluate_speech(
         figures += pace_figures(subject, spoken, protocol.samples, protocol.seed, say)
     if "editing" in only and spoken.clear is not None and subject.fills_in:
         figures += editing_figures(subject, spoken, protocol.samples, protocol.seed, say)
-    if "hearing" in only:
+    if "hearing" in only and "sound" in abilities_of(subject.hears).reads:
         figures += hearing_figures(subject, spoken, protocol.captioned, say)
     return figures

@@ -12,6 +12,8 @@ from mm.pipelines.base import Pipeline
 from mm.pipelines.media import Medium, medium_of
 
 Kind = Medium | Literal["text"]
+WORDS: dict[Kind, str] = {"text": "text", "picture": "pictures", "sound": "sounds", "video": "clips", "shape": "shapes"}
+"""How messages call them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,3 +85,25 @@ def abilities_of(pipeline: Pipeline) -> Abilities:
     model = pipeline.model
     tokenizers = ((one.name, one.tokenizer) for one in model.modalities if one.name != pipeline.text)
     return abilities(pipeline.text, tokenizers, model.directions, model.by_word)
+
+
+def check_learned(pipeline: Pipeline, given: Kind, made: Kind, name: str = "this model") -> None:
+    """Raises `ValueError` for a model of both whose training showed it none of `made` behind `given`: it would answer with
+    anything. `name` is how the message calls it. Whoever needs a modality that the model lacks says so."""
+    able = abilities_of(pipeline)
+    if (given, made) in able.follows or not {given, made} <= {"text", *able.modalities}:
+        return
+    sources = [WORDS[kind] for kind in WORDS if (kind, made) in able.follows]
+    results = [WORDS[kind] for kind in WORDS if (given, kind) in able.follows]
+    knows = [f"{WORDS[made]} of {_list(sources)}"] * bool(sources) + [f"{_list(results)} of {WORDS[given]}"] * bool(
+        results
+    )
+    raise ValueError(
+        f"{name} learned to make no {WORDS[made]} of {WORDS[given]}"
+        + (f"; it makes {_list(knows)}" if knows else "")
+        + "; use a model that learned it"
+    )
+
+
+def _list(words: list[str]) -> str:
+    return " and ".join([", ".join(words[:-1]), words[-1]] if words[1:] else words)

@@ -98,7 +98,7 @@ class AnyToAnyPipeline(ShapeReader):
         if any(not document for document in documents):
             raise ValueError("the document is empty; give at least one text, picture, sound, clip or shape")
         given: list[Any] = [part for document in documents for part in document if not isinstance(part, str | Segment)]
-        media = [self._medium(part) for part in given]
+        media = [self.medium(part) for part in given]
         encoders: dict[Medium, Callable[[list[Any]], list[Segment]]] = {
             "sound": self.encode_sounds,
             "video": self.encode_videos,
@@ -126,7 +126,8 @@ class AnyToAnyPipeline(ShapeReader):
         content = raw if isinstance(raw, Encoded) else self.tokenizer(item.modality).encode(raw)
         return Segment(item.modality, content, loss=False)
 
-    def _medium(self, part: Any) -> Medium:
+    def medium(self, part: Any) -> Medium:
+        """What a part that is no text is taken for."""
         if isinstance(part, Image.Image):
             return "picture"
         if isinstance(part, Audio):

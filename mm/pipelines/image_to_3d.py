@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from mm.layout import Segment
+from mm.pipelines.abilities import check_learned
 from mm.pipelines.base import Callback, Picture, SamplingOptions, check_count, choose_seed, several
 from mm.pipelines.outputs import MeshOutput
 from mm.pipelines.text_to_3d import ShapeMaker
@@ -42,8 +43,9 @@ class ImageTo3DPipeline(ShapeMaker):
             scales, seed, generator, callback, constrained, sampling: as for `TextTo3DPipeline`.
 
         Raises:
-            ValueError: a picture that can't be loaded, or a model that has no pictures or makes no shapes.
+            ValueError: a picture that can't be loaded, or a model that has no pictures or learned to make no shapes of them.
         """
+        check_learned(self, "picture", "shape")
         seed = choose_seed(seed, generator)
         one: tuple[Any, ...] = (str, os.PathLike, bytes, bytearray, memoryview, Image.Image, np.ndarray)
         images = several(image, one, "a picture; give a path, bytes, a binary file, a PIL picture, an array")

@@ -13,6 +13,7 @@ from PIL import Image
 from mm.generation import Request
 from mm.interfaces import Encoded, Sampling
 from mm.layout import Segment
+from mm.pipelines.abilities import check_learned
 from mm.pipelines.base import Callback, Picture, Pipeline, SamplingOptions, check_count, choose_seed, several
 from mm.pipelines.outputs import TextOutput
 from mm.video import Frames, Video
@@ -50,14 +51,16 @@ class ImageToTextPipeline(Pipeline):
             seed, generator, callback, sampling: as for `TextToImagePipeline`.
 
         Raises:
-            ValueError: a picture or clip that can't be loaded, or that the model has no modality for, or settings that make no
-                sense for text.
+            ValueError: a picture or clip that can't be loaded, that the model has no modality for, or of which it learned to
+                write nothing, or settings that make no sense for text.
         """
         seed = choose_seed(seed, generator)
         one = (str, os.PathLike, bytes, bytearray, memoryview, Image.Image, Video, np.ndarray)
         images = several(
             image, one, "a picture or clip; give a path, bytes, a binary file, a PIL picture, mm.Video, an array"
         )
+        for clip in {self.is_clip(image) for image in images}:
+            check_learned(self, "video" if clip else "picture", "text")
         num_texts = check_count("num_texts", num_texts, len(images))
         chosen = self.sampling(self.text, sampling, Sampling(temperature=0.0))
         if num_texts > 1 and chosen.temperature == 0:

@@ -14,6 +14,7 @@ from mm.generation import Request
 from mm.interfaces import Encoded, Sampling
 from mm.layout import Segment
 from mm.multiscale import first_scales
+from mm.pipelines.abilities import check_learned
 from mm.pipelines.base import Callback, Pipeline, SamplingOptions, check_count, choose_seed, several
 from mm.pipelines.outputs import TextOutput
 from mm.shapes import Shape, ShapeSource, load_shape
@@ -74,9 +75,10 @@ class ShapeToTextPipeline(ShapeReader):
             seed, generator, callback, sampling: as for `TextTo3DPipeline`.
 
         Raises:
-            ValueError: a shape that can't be loaded, a model that has none or not as many scales, or settings that make no sense
-                for text.
+            ValueError: a shape that can't be loaded, a model that has none, learned to tell nothing of them, or has not as many
+                scales, or settings that make no sense for text.
         """
+        check_learned(self, "shape", "text")
         seed = choose_seed(seed, generator)
         shapes = several(shape, _one(shape), "a shape; give a path, bytes, a binary file, a grid, a mesh")
         num_texts = check_count("num_texts", num_texts, len(shapes))

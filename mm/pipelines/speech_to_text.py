@@ -15,6 +15,7 @@ from mm.edits import edit_distance
 from mm.generation import Request
 from mm.interfaces import Encoded, Sampling
 from mm.layout import Segment
+from mm.pipelines.abilities import check_learned
 from mm.pipelines.base import Callback, Pipeline, SamplingOptions, check_count, choose_seed, several, shifted
 from mm.pipelines.media import longest
 from mm.pipelines.outputs import TextOutput
@@ -58,8 +59,10 @@ class SpeechToTextPipeline(Pipeline):
             seed, generator, callback, sampling: as for `TextToImagePipeline`. A callback's rows are pieces.
 
         Raises:
-            ValueError: a sound that can't be loaded, or settings that make no sense for text.
+            ValueError: a sound that can't be loaded, a model that learned to write down none, or settings that make no sense for
+                text.
         """
+        check_learned(self, "sound", "text")
         seed = choose_seed(seed, generator)
         one = (str, os.PathLike, bytes, bytearray, memoryview, Audio, tuple)
         sounds = several(audio, one, "a sound; give a path, bytes, a binary file, mm.Audio, (rate, array)")
