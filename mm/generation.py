@@ -73,8 +73,13 @@ class Event:
     content: Tensor
     """Local ids, or vectors, of the segment so far."""
     done: float
+    """Fraction of the segment."""
     final: int = 0
     """Leading elements that won't change any more."""
+    share: float = 0.0
+    """Fraction of the row, as far as its end is known: of all items that were asked for, and the text behind them."""
+    rows: int = 0
+    """All rows of the call, as far as they are known; 0: not said."""
 
 
 class Engine:

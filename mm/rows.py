@@ -39,13 +39,14 @@ class Row:
         self.segments: list[Segment] = []
         self.text: list[int] = []
         self.forced = [self._encoded(item) if isinstance(item, Segment) else item for item in request.items]
+        self.parts = max(1, self._left() + request.text)
         self.known = request.known
         self.owing = True
         """Whether items that were asked for may still come."""
         self.session: Session | None = None
         self.proposal: Proposal | None = None
         self.state = "text"
-        self.news: tuple[str, Callable[[], Tensor], float, int] | None = None
+        self.news: tuple[str, Callable[[], Tensor], float, int, float] | None = None
         self.head, self.item = 0, 0
         self.grid: tuple[int, ...] = ()
         self.within: range | None = None
@@ -367,20 +368,23 @@ class Row:
         else:
             assert self.session is not None
             session, name = self.session, self.vocabulary.entries[self.item].name
+            before = max(0, self.parts - self.request.text - self._left() - 1)
             session.accept(tokens, log_prob)
             if self.proposal is not None and self.proposal.autoregressive and not session.lays_out:
                 self._feed_element(tokens[0])
             self._settle()
             self._advance()
             done = self.proposal.done if self.session is session and self.proposal is not None else 1.0
-            self.news = (name, session.content, done, session.final())
+            share = min(1.0, (before + done) / self.parts)
+            self.news = (name, session.content, done, session.final(), share)
 
     def _accept_text(self, token: int) -> None:
         if token < self.vocabulary.host.size:
             self.text.append(token)
             self.main.host(token)
             done = len(self.text) / max(1, self.request.max_tokens)
-            self.news = (self.vocabulary.host.name, partial(torch.tensor, self.text), done, len(self.text))
+            share = (self.parts - 1 + min(1.0, done)) / self.parts
+            self.news = (self.vocabulary.host.name, partial(torch.tensor, self.text), done, len(self.text), share)
             if self.limit - self.main.length < 2:  # what is left is `eos`, which needs no asking
                 self._finish()
         elif token == self.vocabulary.control("eos"):
@@ -389,10 +393,14 @@ class Row:
             name = next(n for n in self.limits.openable() if self.vocabulary.begin(n) == token)
             self._open_item(name, None, 1.0)
 
-    def event(self) -> tuple[str, Tensor, float, int] | None:
-        """(modality, content so far, fraction done, elements that are final) of what the last pass drew, once, for a progress
-        callback."""
+    def _left(self) -> int:
+        """Items that are still to be opened."""
+        return sum(not isinstance(item, Segment) for item in self.forced)
+
+    def event(self) -> tuple[str, Tensor, float, int, float] | None:
+        """(modality, content so far, fraction done, elements that are final, fraction of the whole row) of what the last pass
+        drew, once, for a progress callback."""
         if self.news is None:
             return None
-        (name, content, done, final), self.news = self.news, None
-        return name, content(), done, final
+        (name, content, *rest), self.news = self.news, None
+        return name, content(), *rest

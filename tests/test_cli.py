@@ -16,6 +16,7 @@ from PIL import Image
 
 from mm import hub
 from mm.cli import COMMANDS, commands, main
+from mm.commands.common import Bar
 from mm.commands.list import title
 from mm.commands.making import slug, unused
 from mm.interfaces import Sampling
@@ -345,3 +346,10 @@ def test_data(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("tokenize", "t.txt", "--tokenizer", "bpe", "--json") == 0
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert figures["lossless"] and figures["tokens"] < 11
+
+
+def test_a_progress_bar_learns_of_more() -> None:
+    with Bar("drawing", "picture") as bar:
+        bar(0.5, 1)
+        bar(1.25, 3)
+        assert (bar.bar.n, bar.bar.total) == (1.25, 3)

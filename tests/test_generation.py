@@ -207,6 +207,18 @@ def test_events_tell_every_step_once(order: str) -> None:
     assert len(words) == len(made[1][0].content)
 
 
+@pytest.mark.parametrize(("items", "words"), [(1, False), (3, False), (2, True)])
+def test_events_tell_the_share_of_the_whole_row(items: int, words: bool) -> None:
+    events: list[Event] = []
+    request = Request(prompt=[text("a")], items=[("image", (2, 2))] * items, text=words, max_tokens=3)
+    Engine(tiny()).generate([request], events.append)
+    shares = [event.share for event in events if event.modality == "image"]
+    assert shares == pytest.approx([(n + 1) / (4 * (items + words)) for n in range(4 * items)])
+    assert [event.done for event in events[:4]] == [0.25, 0.5, 0.75, 1.0]
+    said = [event.share for event in events if event.modality == "text"]
+    assert said == sorted(said) and all(share > shares[-1] for share in said) and max(said, default=1) <= 1
+
+
 def test_results_are_ordinary_tensors_and_the_model_stays_in_its_mode() -> None:
     model = tiny(dropout=0.5).train()
     first = Engine(model).generate([mixed()[0]])

@@ -430,3 +430,10 @@ def test_sheets() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             grid(*arguments)  # type: ignore[arg-type]
+
+
+def test_callbacks_know_how_many_rows_there_are() -> None:
+    events: list[Event] = []
+    painter = TextToImagePipeline(tiny(), batch_size=2)
+    painter("red", num_images=5, seed=0, callback=events.append)
+    assert {event.rows for event in events} == {5} and {event.row for event in events} == set(range(5))

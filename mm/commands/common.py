@@ -83,6 +83,7 @@ class Bar:
 
             form = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
             self.bar = tqdm(total=total, desc=self.text, unit=self.unit, delay=1.0, leave=False, bar_format=form)
+        self.bar.total = total  # more may have come to light
         self.bar.update(done - self.bar.n)
 
     def __exit__(

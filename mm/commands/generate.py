@@ -138,9 +138,8 @@ def main(argv: list[str]) -> int:
         done: dict[int, float] = {}
 
         def progress(event: Event) -> None:
-            done[event.row] = event.done
-            rows = args.num * max(1, len(args.given) if args.to == "text" else 1)
-            bar(sum(done.values()), max(rows, len(done)))
+            done[event.row] = event.share
+            bar(sum(done.values()), event.rows)
 
         output = making.MAKERS[args.to](pipeline, args, progress)
     finished = time.perf_counter()

@@ -296,7 +296,7 @@ class Pipeline:
         engine = self.engine or Engine(self.model)
         out = []
         for start in range(0, len(seeded), size):
-            on_step = None if callback is None else shifted(callback, start)
+            on_step = None if callback is None else shifted(callback, start, len(seeded))
             out += engine.generate(seeded[start : start + size], on_step)
         return out
 
@@ -379,5 +379,6 @@ def _derive(seed: int, key: bytes, number: int) -> int:
     return int.from_bytes(derived[:8], "little") >> 1
 
 
-def shifted(callback: Callback, start: int) -> Callback:
-    return lambda event: callback(replace(event, row=event.row + start))
+def shifted(callback: Callback, start: int, rows: int = 0) -> Callback:
+    """A callback of some rows, told of them as the rows from `start` on, of `rows` or as many more as there are."""
+    return lambda event: callback(replace(event, row=event.row + start, rows=rows or event.rows + start))
