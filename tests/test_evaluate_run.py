@@ -133,6 +133,12 @@ def test_the_command_measures_a_model(
     assert (out / "emoji.png").is_file() and len(list((out / "judges").iterdir())) == 2
     assert command.main([*arguments, "--out", "", "--only", "tokenizer"]) == 0
     assert "codebook usage" in capsys.readouterr().out
+    drawer = tiny(side=SIDE, context=512)
+    drawer.directions = frozenset({("text", "image")})  # nothing of captions that it never learned
+    save_pretrained(drawer, tmp_path / "drawer")
+    assert command.main(["--model", str(tmp_path / "drawer"), *arguments[2:], "--out", str(out), "--json"]) == 0
+    names = [figure["name"] for figure in json.loads(capsys.readouterr().out)["figures"]]
+    assert "generated, recognised" in names and not any("captions of" in name or "a caption" in name for name in names)
 
 
 @pytest.mark.parametrize(

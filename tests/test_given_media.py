@@ -216,6 +216,13 @@ def test_text_of_a_model_that_learned_to_write_none(
     assert status == (2 if message else 0) and message in said
 
 
+@pytest.mark.parametrize("option", ["--steps", "--denoising-steps"])
+def test_steps_of_what_has_none(here: Path, capsys: pytest.CaptureFixture[str], option: str) -> None:
+    """They were ignored."""
+    assert run_mm(["generate", "red", "--model", "pictures", option, "3", "--out", "a.png"]) == 2
+    assert f"without such steps (raster order, LMHead); leave {option} out" in capsys.readouterr().err
+
+
 def test_pipelines_refuse_what_was_not_learned() -> None:
     reader = ImageToTextPipeline(both())
     red = Image.new("RGB", (4, 4), "red")

@@ -134,6 +134,7 @@ def main(argv: list[str]) -> int:
             + {"speech": f"; {SPEAKERS}", "video": f"; {FILMS}", "3d": f"; {MODELLERS}"}.get(args.to, "")
         )
     making.check_learned(pipeline, args)
+    making.check_steps(pipeline, args)
     with Bar("generating", args.to) as bar:
         done: dict[int, float] = {}
 

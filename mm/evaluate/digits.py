@@ -73,8 +73,8 @@ def evaluate_digits(
     figures.append(share(FAMILY, "generated, recognised", hits, detail=detail))
     figures += variety(drawn.pixels, asked, digits)
     figures += distances(judge, drawn.pixels, digits, held)
-    captions, written = caption_figures(subject, held, where, protocol, say)
-    return Outcome(figures + captions, prompts, drawn, [drawn], [written])
+    captions, written = caption_figures(subject, held, where, protocol, say) if subject.learned_captions else ([], [])
+    return Outcome(figures + captions, prompts, drawn, [drawn], written)
 
 
 def right(judge: Judge, pixels: Tensor, truth: Tensor) -> list[bool]:
@@ -126,7 +126,7 @@ def _spread(pixels: Tensor) -> Tensor:
 
 def caption_figures(
     subject: Subject, held: Gallery, where: str, protocol: Protocol, say: Say
-) -> tuple[list[Figure], Written]:
+) -> tuple[list[Figure], list[Written]]:
     """Captions of real digits: equal to the training caption to the letter; and naming the right digit and no other."""
     chosen = held.subset(range(min(len(held), protocol.captioned)))
     say(f"digits: captioning {len(chosen)}")
@@ -139,7 +139,7 @@ def caption_figures(
         share(FAMILY, f"captions of {where} digits, exact", exact),
         share(FAMILY, f"captions of {where} digits, right digit word", named),
     ]
-    return figures, written
+    return figures, [written]
 
 
 def digit_words(text: str) -> set[str]:

@@ -63,7 +63,7 @@ def evaluate_emoji(
             figures += other_style_figures(judge, "seen styles", made.pixels, rows)
         shown = shown or (prompts, made)
     missing, more = missing_style_figures(subject, judge, seen, protocol, references, say)
-    captions, written = caption_figures(subject, gallery, seen, protocol, say)
+    captions, written = caption_figures(subject, gallery, seen, protocol, say) if subject.learned_captions else ([], [])
     assert shown is not None  # a source has at least one picture, and seen rows are never empty
     return Outcome(figures + missing + captions, *shown, drawn + more, written)
 

@@ -20,6 +20,7 @@ from mm import pictures
 from mm.evaluate.results import Figure
 from mm.interfaces import Encoded, ModalityTokenizer, Sampling
 from mm.model import MultimodalModel
+from mm.pipelines.abilities import abilities_of
 from mm.pipelines.base import Pipeline
 from mm.pipelines.image_to_text import ImageToTextPipeline
 from mm.pipelines.text_to_image import TextToImagePipeline
@@ -114,6 +115,11 @@ class Subject(Tested):
     def tokenizer(self) -> ModalityTokenizer:
         """Of the pictures."""
         return self.draws.tokenizer(self.draws.picture)
+
+    @property
+    def learned_captions(self) -> bool:
+        """Whether training showed it captions of pictures, as far as is known."""
+        return "picture" in abilities_of(self.writes).reads
 
     @property
     def grid(self) -> tuple[int, ...]:
