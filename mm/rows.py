@@ -402,5 +402,5 @@ class Row:
         drew, once, for a progress callback."""
         if self.news is None:
             return None
-        (name, content, *rest), self.news = self.news, None
-        return name, content(), *rest
+        (name, content, done, final, share), self.news = self.news, None
+        return name, content(), done, final, share

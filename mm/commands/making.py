@@ -207,7 +207,7 @@ def check_learned(pipeline: Pipeline, args: Namespace) -> None:
     from mm.pipelines.any_to_any import AnyToAnyPipeline
 
     assert isinstance(pipeline, AnyToAnyPipeline)
-    made = next((medium for medium, kind in KINDS.items() if kind == args.to), "text")
+    made: abilities.Kind = next((medium for medium, kind in KINDS.items() if kind == args.to), "text")
     able = abilities.abilities_of(pipeline)
     if made == "text" and not (args.given or able.writes):
         instead = [f"--to {kind}" for medium, kind in KINDS.items() if ("text", medium) in able.follows]
