@@ -159,19 +159,19 @@ def test_control_characters(address: str, text: str) -> None:
 
 
 WRONG: dict[str, tuple[str, Any, int, str]] = {
-    "no prompt": ("images/generations", {}, 422, "prompt"),
+    "no prompt": ("images/generations", {}, 422, "prompt is missing; the endpoint is described at /docs"),
     "an empty prompt": ("images/generations", {"prompt": ""}, 422, "prompt"),
     "a blank prompt": ("images/generations", {"prompt": "  "}, 400, "the prompt is empty"),
     "a long prompt": ("images/generations", {"prompt": "a" * 5000}, 422, "at most 4096 characters"),
     "a prompt that is a number": ("images/generations", {"prompt": 3}, 422, "valid string"),
     "half a letter": ("images/generations", '{"prompt": "\\ud800"}', 422, "prompt"),
-    "a number that is a text": ("images/generations", {"prompt": "a", "n": "2"}, 422, "n:"),
-    "too many": ("images/generations", {"prompt": "a", "n": 17}, 422, "n:"),
+    "a number that is a text": ("images/generations", {"prompt": "a", "n": "2"}, 422, "n should be a valid integer, got '2'"),
+    "too many": ("images/generations", {"prompt": "a", "n": 17}, 422, "n should be less than or equal to 16, got 17"),
     "no number": ("images/generations", '{"prompt": "a", "temperature": NaN}', 422, "temperature"),
     "no end": ("images/generations", '{"prompt": "a", "guidance": Infinity}', 422, "guidance"),
     "a seed too large": ("images/generations", {"prompt": "a", "seed": 1 << 63}, 422, "seed"),
     "digits without end": ("images/generations", '{"prompt": "a", "seed": ' + "9" * 9999 + "}", 400, ""),
-    "a size that is none": ("images/generations", {"prompt": "a", "size": "0x4"}, 422, "size"),
+    "a size that is none": ("images/generations", {"prompt": "a", "size": "0x4"}, 422, "size should be auto, or WIDTHxHEIGHT in pixels, got '0x4'"),
     "another shape": ("images/generations", {"prompt": "a", "size": "32x64"}, 400, "ask for these proportions"),
     "a large picture": ("images/generations", {"prompt": "a", "size": "4096x4096"}, 400, "size is up to"),
     "no model": ("images/generations", {"prompt": "a", "model": "../../etc"}, 404, "there is no model '../../etc'"),

@@ -97,6 +97,18 @@ def sentence(text: Any) -> str:
     return "".join(c for c in words if c.isprintable())[:LONGEST] or "the request can't be answered"
 
 
+def _wrong(error: Mapping[str, Any]) -> str:
+    """What a field should be, and what came instead, of what pydantic says."""
+    if error["type"] == "missing":
+        return "is missing; the endpoint is described at /docs"
+    said, got = str(error["msg"]), error.get("input")
+    if error["type"] == "string_pattern_mismatch":
+        said = "should be auto, or WIDTHxHEIGHT in pixels"  # the only pattern there is is that of sizes
+    said = re.sub("^(Input|String|Value|List) should", "should", said.removeprefix("Value error, "))
+    shown = f", got {got!r:.60}" if got is None or isinstance(got, str | int | float) else ""
+    return (said if said.startswith("should") else f"is wrong: {said}") + shown
+
+
 def response(error: HTTPException) -> JSONResponse:
     headers: Mapping[str, str] | None = error.headers
     return JSONResponse(body(error), error.status_code, headers)
@@ -132,7 +144,7 @@ def install(app: FastAPI) -> None:
         where = ".".join(place)[:100]
         if first["type"] == "json_invalid":
             return response(Refusal(400, "the body is not JSON"))
-        return response(Refusal(422, f"{where or 'the body'}: {first['msg']}", param=where or None))
+        return response(Refusal(422, f"{where or 'the body'} {_wrong(first)}", param=where or None))
 
     @app.exception_handler(Exception)
     async def _any(request: Request, error: Exception) -> JSONResponse:
