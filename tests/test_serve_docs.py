@@ -39,12 +39,13 @@ def test_it_runs(tmp_path: Path) -> None:
             )  # fmt: skip
             assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
             said.append(done.stdout)
-    assert " bytes\n" in said[0] and "data: [DONE]" in said[0] and '"status":"ok"' in said[0]
+    assert "three five one\n" in said[0] and "data: [DONE]" in said[0] and '"status":"ok"' in said[0]
+    assert "seven" in "".join(re.findall(r'"content": ?"([^"]*)"', said[0])), "a caption, piece by piece"
     caption, rest = said[1].split("\n", 1)
     assert caption and rest.startswith(caption), "the caption, whole and as a stream"
     assert load_mesh(tmp_path / "mug.glb").faces.shape[0] > 100
     assert load_video(tmp_path / "seven.mp4").frames.shape[0] == 17
-    assert (tmp_path / "heart.png").read_bytes()[:4] == b"\x89PNG"
+    assert all((tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG" for name in ("heart", "seven"))
     assert load_audio(tmp_path / "said.wav").seconds > 0.3 and load_audio(tmp_path / "said.flac").seconds > 0.3
 
 
