@@ -59,6 +59,14 @@ def test_first_copies_are_the_sounds_themselves_and_texts_stay() -> None:
     assert len({example["key"] for example in source}) == 15
 
 
+def test_a_sound_may_go_into_another_field() -> None:
+    same, other = PerturbedSource(Tones(), copies=2), PerturbedSource(Tones(), copies=2, into="heard")
+    assert other.identity != same.identity == PerturbedSource(Tones(), copies=2, into="audio").identity
+    for index in (1, 6):
+        assert "audio" not in other[index] and other[index]["text"] == "tone 1"
+        assert np.array_equal(other[index]["heard"].samples, same[index]["audio"].samples)
+
+
 def test_speed_moves_length_and_pitch_together_within_bounds() -> None:
     source = PerturbedSource(Tones(), copies=40, speed=0.2, silence=0.0, gain=0.0, noise=None)
     factors = []

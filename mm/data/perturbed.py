@@ -38,6 +38,8 @@ class PerturbedSource(Source):
         gain: largest change of loudness up and down, in decibels.
         noise: signal-to-noise ratios between which that of white noise is drawn, in decibels; None adds none.
         field: the field that holds the sound.
+        into: the field that has it in the copies, in the place of `field`; empty: the same. So one configuration may cache a sound
+            twice, as what is spoken and, by another tokenizer, as what is heard.
         seed: another seed, other changes.
         options: `caption` and `strict`, as of every source.
     """
@@ -51,6 +53,7 @@ class PerturbedSource(Source):
         gain: float = 6.0,
         noise: Sequence[float] | None = (15.0, 40.0),
         field: str = "audio",
+        into: str = "",
         seed: int = 0,
         **options: Any,
     ) -> None:
@@ -78,14 +81,24 @@ class PerturbedSource(Source):
             raise ValueError(f"noise is two ratios in decibels, the smaller first, from −20 to 100, got {noise!r:.60}")
         if seed < 0:
             raise ValueError(f"seed must be at least 0, got {seed}")
-        self.source, self.copies, self.field, self.seed = source, copies, field, seed
+        self.source, self.copies, self.field, self.into, self.seed = source, copies, field, into or field, seed
         self.speed, self.silence, self.gain = float(speed), float(silence), float(gain)
         self.noise = None if noise is None else (float(noise[0]), float(noise[1]))
         self._finish([f"{place:08d}" for place in range(len(source) * copies)], f"{source.what}, {copies} copies")
 
     @property
     def identity(self) -> str:
-        settings = (self.copies, self.speed, self.silence, self.gain, self.noise, self.field, self.seed)
+        settings: tuple[object, ...] = (
+            self.copies,
+            self.speed,
+            self.silence,
+            self.gain,
+            self.noise,
+            self.field,
+            self.seed,
+        )
+        if self.into != self.field:
+            settings = (*settings, self.into)
         ordinals = np.asarray(self.source.ordinals, np.int64).tobytes()
         return digest("perturbed 1", *map(str, settings), self.source.identity, ordinals, str(self.source.caption))
 
@@ -97,8 +110,8 @@ class PerturbedSource(Source):
             raise BrokenExample(
                 f"{self.source.what} has no field {self.field!r} to change; it has: {', '.join(sorted(fields))}"
             )
-        if copy:
-            fields[self.field] = Lazy(lambda: self._changed(example[self.field], ordinal))
+        sound = fields.pop(self.field)
+        fields[self.into] = Lazy(lambda: self._changed(example[self.field], ordinal)) if copy else sound
         return fields
 
     def _changed(self, audio: Any, ordinal: int) -> Audio:

@@ -18,8 +18,8 @@ WORDS: dict[Kind, str] = {"text": "text", "picture": "pictures", "sound": "sound
 
 @dataclass(frozen=True, kw_only=True)
 class Abilities:
-    """By what training showed the model, or, where that isn't known, by its modalities. Of several modalities of a medium the
-    first counts, which is the one that pipelines use."""
+    """By what training showed the model, or, where that isn't known, by its modalities. Of several modalities of a medium
+    the first makes, which is the one that pipelines use; any may be read (`Pipeline.hearing`)."""
 
     modalities: dict[Medium, str]
     """The modality of each medium."""
@@ -57,16 +57,18 @@ def abilities(
             not to listen.
     """
     names: dict[Medium, str] = {}
+    kinds: dict[str, Kind] = {text: "text"}
     able: set[Medium] = set()
     for name, tokenizer in tokenizers:
         medium = medium_of(tokenizer.spec)
+        if medium:
+            kinds[name] = medium
         if medium and medium not in names:
             names[medium] = name
             # sounds that stand for no place in time are those that are only read, such as a recogniser's
             if tokenizer.decodes and (tokenizer.spec.spatial or medium != "sound"):
                 able.add(medium)
     if directions:
-        kinds: dict[str, Kind] = {text: "text", **{name: medium for medium, name in names.items()}}
         learned = {(kinds[given], kinds[made]) for given, made in directions if given in kinds and made in kinds}
         results = {made for _, made in learned}
         makes, writes = able & results, "text" in results

@@ -125,6 +125,18 @@ class Pipeline:
         return self._first("sound", f"sound; it has {{}}; {SPEAKERS}")
 
     @property
+    def hearing(self) -> str:
+        """Name of the modality that given sounds are read with: the first that does nothing but read, if training showed what
+        is made of it in another medium (as Janus sees through another tokenizer than it draws with: Wu et al. 2024, arXiv
+        2410.13848), else `speech`. Raises `ValueError` where there is no modality of sound."""
+        sounds = {one.name for one in self.model.modalities[1:] if medium_of(one.tokenizer.spec) == "sound"}
+        used = {given for given, made in self.model.directions or () if made not in sounds}
+        for modality in self.model.modalities[1:]:
+            if modality.name in sounds & used and not modality.tokenizer.decodes:
+                return modality.name
+        return self.speech
+
+    @property
     def video(self) -> str:
         """Name of the first modality beside the host whose tokenizer is one of video. Raises `ValueError` where there is none."""
         return self._first("video", f"video; it has {{}}; {FILMS}")
@@ -192,11 +204,13 @@ class Pipeline:
                 batch, pixels = [], 0  # large pictures must not all be in memory at once
         return [Segment(self.picture, item, loss=False) for item in encoded]
 
-    def encode_sounds(self, sounds: Sequence[SoundSource]) -> list[Segment]:
-        """Given sounds, at the model's rate. Raises `ValueError` for what can't be loaded, or is longer than one item."""
+    def encode_sounds(self, sounds: Sequence[SoundSource], name: str = "") -> list[Segment]:
+        """Given sounds, at the model's rate, of the modality `name` (that of `hearing` by default). Raises `ValueError` for what
+        can't be loaded, or is longer than one item."""
         if not sounds:
             return []
-        tokenizer = self.tokenizer(self.speech)
+        name = name or self.hearing
+        tokenizer = self.tokenizer(name)
         most = longest(tokenizer)
         encoded: list[Encoded] = []
         batch: list[Audio] = []
@@ -204,14 +218,14 @@ class Pipeline:
             loaded = load_audio(sound, rate=tokenizer.spec.sample_rate)
             if loaded.seconds > most + 0.5 / tokenizer.spec.sample_rate:
                 raise ValueError(
-                    f"a sound is {loaded.seconds:.2f} s long, and {self.speech!r} holds up to {most:.2f} s at a time; cut it"
+                    f"a sound is {loaded.seconds:.2f} s long, and {name!r} holds up to {most:.2f} s at a time; cut it"
                 )
             batch.append(loaded)
             full = sum(audio.seconds for audio in batch) >= SOUND_SECONDS
             if len(batch) == self.batch_size or full or number == len(sounds):
                 encoded += tokenizer.encode_batch(batch)
                 batch = []  # they must not all be in memory at once
-        return [Segment(self.speech, item, loss=False) for item in encoded]
+        return [Segment(name, item, loss=False) for item in encoded]
 
     def encode_videos(self, videos: Sequence[VideoSource]) -> list[Segment]:
         """Given clips, at the model's rate. Raises `ValueError` for what can't be loaded, or is longer than one item."""

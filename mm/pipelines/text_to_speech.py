@@ -155,7 +155,7 @@ class TextToSpeechPipeline(Pipeline):
             return []
         if voice is None or (isinstance(voice, str) and voice in known):
             return [self.encode_text(voice_segment(voice or known[0]).content)]
-        return self.encode_sounds([voice])
+        return self.encode_sounds([voice], self.speech)
 
     def _prompt(self, text: str | None, beginning: list[Segment]) -> list[Segment]:
         return [Segment(NULL, None, loss=False)] if text is None else [*beginning, self.encode_text(text)]
