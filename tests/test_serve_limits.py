@@ -171,7 +171,7 @@ WRONG: dict[str, tuple[str, Any, int, str]] = {
     "no end": ("images/generations", '{"prompt": "a", "guidance": Infinity}', 422, "guidance"),
     "a seed too large": ("images/generations", {"prompt": "a", "seed": 1 << 63}, 422, "seed"),
     "digits without end": ("images/generations", '{"prompt": "a", "seed": ' + "9" * 9999 + "}", 400, ""),
-    "a size that is none": ("images/generations", {"prompt": "a", "size": "0x4"}, 422, "size should be auto, or WIDTHxHEIGHT in pixels, got '0x4'"),
+    "a size that is none": ("images/generations", {"prompt": "a", "size": "0x4"}, 422, "WIDTHxHEIGHT in pixels, got '0x4'"),
     "another shape": ("images/generations", {"prompt": "a", "size": "32x64"}, 400, "ask for these proportions"),
     "a large picture": ("images/generations", {"prompt": "a", "size": "4096x4096"}, 400, "size is up to"),
     "no model": ("images/generations", {"prompt": "a", "model": "../../etc"}, 404, "there is no model '../../etc'"),

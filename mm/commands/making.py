@@ -223,17 +223,15 @@ def check_learned(pipeline: Pipeline, args: Namespace) -> None:
 
 def check_steps(pipeline: Pipeline, args: Namespace) -> None:
     """Raises `ValueError` for numbers of steps where nothing is done in steps."""
-    from mm.heads.diffusion import DiffusionHead
-    from mm.orders.blocks import Blocks
     from mm.pipelines.abilities import abilities_of
 
     medium = next((medium for medium, kind in KINDS.items() if kind == args.to), None)
     name = pipeline.text if medium is None else abilities_of(pipeline).modalities[medium]
     made = pipeline.model.modalities[pipeline.model.vocabulary.index[name]]
-    blocks = isinstance(made.order, Blocks)
+    blocks, head = hasattr(made.order, "sampler"), hasattr(made.head, "sampler")
     for option, value, able in (
         ("--steps", args.steps, blocks or made.order.default_steps > 0),
-        ("--denoising-steps", args.denoising_steps, blocks or isinstance(made.head, DiffusionHead)),
+        ("--denoising-steps", args.denoising_steps, blocks or head),
     ):
         if value is not None and not able:
             how = f"({type(made.order).__name__.lower()} order, {type(made.head).__name__})"

@@ -38,8 +38,8 @@ class PerturbedSource(Source):
         gain: largest change of loudness up and down, in decibels.
         noise: signal-to-noise ratios between which that of white noise is drawn, in decibels; None adds none.
         field: the field that holds the sound.
-        into: the field that has it in the copies, in the place of `field`; empty: the same. So one configuration may cache a sound
-            twice, as what is spoken and, by another tokenizer, as what is heard.
+        into: the field that has it in the copies, in the place of `field`; empty: the same. So one configuration may cache a
+            sound twice, as what is spoken and, by another tokenizer, as what is heard.
         seed: another seed, other changes.
         options: `caption` and `strict`, as of every source.
     """
