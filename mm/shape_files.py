@@ -32,6 +32,8 @@ MAX_COORDINATE = 1e12
 """Vertices farther out are taken for damage, as NaN is."""
 MAX_TOKEN = 64
 """Longest number in a text."""
+MAX_LINE = 1 << 20
+"""Longest line of a text: a polygon of some 200,000 corners. Parsing a longer one takes dozens of times its size in memory."""
 EXTENSIONS = frozenset(("obj", "stl", "ply", "glb", "off"))
 """File name endings (lower case, no dot) that are read and written."""
 PLY_SIZES = {
@@ -228,7 +230,7 @@ def _check_ply(data: bytes) -> int:
     head, end, body = data.partition(b"end_header")
     if not end or len(head) > 1 << 16:
         raise ValueError("its header doesn't end")
-    form, least = "", 0
+    form, least, lists = "", 0, 8
     counts: dict[str, int] = {}
     smallest: dict[str, int] = {}
     for line in head.decode("ascii", "replace").splitlines():
@@ -245,6 +247,8 @@ def _check_ply(data: bytes) -> int:
             if not counts or kind not in PLY_SIZES:
                 raise ValueError(f"its header has the line {line!r:.80}")
             smallest[element] += PLY_SIZES[kind] if "binary" in form else 2
+            if words[1] == "list":  # smallest entries, so that there may be this many
+                lists = min(lists, PLY_SIZES.get(words[3], 8))
     least = sum(count * max(smallest[element], 1) for element, count in counts.items())
     if form not in ("ascii", "binary_little_endian", "binary_big_endian"):
         raise ValueError(f"its format is {form!r:.40}")
@@ -252,7 +256,21 @@ def _check_ply(data: bytes) -> int:
         raise ValueError(f"its header promises at least {least:,} bytes, but {len(body):,} follow")
     if "vertex" not in counts or "face" not in counts:
         raise ValueError("it has no vertices or no faces")
-    return counts["face"]
+    if form == "ascii":
+        _check_lines(body)
+        return counts["face"]
+    # what follows the least is entries of lists; a polygon makes two triangles fewer than it has corners
+    return max(counts["face"], (len(body) - least) // lists - 2 * counts["face"])
+
+
+def _check_lines(text: bytes) -> None:
+    """Raises `ValueError` for a line longer than `MAX_LINE`."""
+    start = 0
+    while len(text) - start > MAX_LINE:
+        end = max(text.rfind(b"\n", start, start + MAX_LINE), text.rfind(b"\r", start, start + MAX_LINE))
+        if end < 0:
+            raise ValueError(f"it has a line of more than {MAX_LINE:,} bytes; split its polygons")
+        start = end + 1
 
 
 def _check_off(data: bytes) -> int:
@@ -261,6 +279,7 @@ def _check_off(data: bytes) -> int:
     found = re.match(rb"\s*OFF\s+(\d{1,12})\s+(\d{1,12})\s+\d{1,12}\s", text)
     if not found:
         raise ValueError("it doesn't begin with OFF and three counts")
+    _check_lines(data)
     vertices, faces = int(found[1]), int(found[2])
     if 6 * (vertices + faces) > len(data):
         raise ValueError(

@@ -210,6 +210,21 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: b"ply\nformat ascii 1.0\nelement vertex 1\nproperty quad x\nend_header\n0\n",
         "has the line",
     ),
+    "ply of one polygon": (
+        lambda: (
+            b"ply\nformat binary_little_endian 1.0\nelement vertex 1\nproperty float x\nelement face 1\n"
+            b"property list int int vertex_indices\nend_header\n" + struct.pack("<fi", 0, 2_000_000) + bytes(8_000_000)
+        ),
+        "has 1,999,998 faces",
+    ),
+    "ply of one line": (
+        lambda: (
+            b"ply\nformat ascii 1.0\nelement vertex 1\nproperty float x\nelement face 1\n"
+            b"property list int int vertex_indices\nend_header\n0\n1000000 " + b"0 " * 1_000_000
+        ),
+        "a line of more than 1,048,576 bytes",
+    ),
+    "off of one line": (lambda: b"OFF\n1 1 0\n0 0 0\n1000000 " + b"0 " * 1_000_000, "a line of more than"),
     "ply without end": (lambda: b"ply\n" + b"comment\n" * 100, "header doesn't end"),
     "off of promises": (lambda: b"OFF\n900000000 900000000 0\n0 0 0\n", "promises 900,000,000"),
     "off without counts": (lambda: b"OFF\nx y z\n", "three counts"),
