@@ -94,3 +94,15 @@ def test_two_modalities_of_one_name_are_refused(here: Path) -> None:
     text = ["-c", "modalities/text.yaml"]
     with pytest.raises(ValueError, match="two modalities share the name 'text'; give each its own"):
         main(["fit", "-c", "base.yaml", *text, *text, "-c", "debug.yaml"])
+
+
+@pytest.mark.parametrize("name", ["tiny", "pictures", "pictures_masked"])
+def test_what_ships_has_a_recipe_that_parses(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    config = parsed(capsys, "-c", f"{name}.yaml")
+    names = [modality["name"] for modality in config["model"]["init_args"]["modalities"]]
+    data = config["data"]["init_args"]
+    assert set((data.get("cached") or {}).values()) <= set(names) and names[:2] == ["text", "image"]
+    if name == "tiny":
+        assert set(names) == {"text", "image", "speech", "video", "shape", "hearing"}
+        told = yaml.safe_dump(data["train"])
+        assert "audio_field: heard" in told and "into: heard" in told and data["cached"]["heard"] == "hearing"
