@@ -32,8 +32,8 @@ MAX_COORDINATE = 1e12
 """Vertices farther out are taken for damage, as NaN is."""
 MAX_TOKEN = 64
 """Longest number in a text."""
-MAX_LINE = 1 << 20
-"""Longest line of a text: a polygon of some 200,000 corners. Parsing a longer one takes dozens of times its size in memory."""
+MOST_ENTRIES = 32
+"""Numbers of a face in PLY and OFF files on average: corners, their places in a texture, colours."""
 EXTENSIONS = frozenset(("obj", "stl", "ply", "glb", "off"))
 """File name endings (lower case, no dot) that are read and written."""
 PLY_SIZES = {
@@ -226,29 +226,36 @@ def _check_stl(data: bytes) -> int:
 
 
 def _check_ply(data: bytes) -> int:
-    """Faces by the header, whose elements must fit into the file."""
+    """Faces by the header, whose elements must fit into the file, or as many triangles as its lists of corners may hold."""
     head, end, body = data.partition(b"end_header")
     if not end or len(head) > 1 << 16:
         raise ValueError("its header doesn't end")
-    form, least, lists = "", 0, 8
+    form, entry = "", 8
     counts: dict[str, int] = {}
     smallest: dict[str, int] = {}
+    numbers: dict[str, int] = {}
+    lists: dict[str, int] = {}
     for line in head.decode("ascii", "replace").splitlines():
         words = line.split()
-        if words[:1] == ["format"]:
-            form = words[1] if len(words) > 1 else ""
+        if words[:1] == ["format"] and not form and len(words) > 1:
+            form = words[1]
         elif words[:1] == ["element"]:
             if len(words) != 3 or not re.fullmatch(r"\d{1,12}", words[2]) or words[1] in counts:
                 raise ValueError(f"its header has the line {line!r:.80}")
             element = words[1]
-            counts[element], smallest[element] = int(words[2]), 0
+            counts[element], smallest[element], numbers[element], lists[element] = int(words[2]), 0, 0, 0
         elif words[:1] == ["property"]:
-            kind = words[2] if words[1:2] == ["list"] and len(words) == 5 else words[1] if len(words) == 3 else ""
-            if not counts or kind not in PLY_SIZES:
+            several = words[1:2] == ["list"] and len(words) == 5
+            kind = words[2] if several else words[1] if len(words) == 3 else ""
+            if not counts or kind not in PLY_SIZES or (several and words[3] not in PLY_SIZES):
                 raise ValueError(f"its header has the line {line!r:.80}")
             smallest[element] += PLY_SIZES[kind] if "binary" in form else 2
-            if words[1] == "list":  # smallest entries, so that there may be this many
-                lists = min(lists, PLY_SIZES.get(words[3], 8))
+            numbers[element] += 1
+            if several:
+                lists[element] += 1
+                entry = min(entry, PLY_SIZES[words[3]])
+        elif words and words[0] not in ("ply", "comment", "obj_info"):
+            raise ValueError(f"its header has the line {line!r:.80}")
     least = sum(count * max(smallest[element], 1) for element, count in counts.items())
     if form not in ("ascii", "binary_little_endian", "binary_big_endian"):
         raise ValueError(f"its format is {form!r:.40}")
@@ -257,35 +264,44 @@ def _check_ply(data: bytes) -> int:
     if "vertex" not in counts or "face" not in counts:
         raise ValueError("it has no vertices or no faces")
     if form == "ascii":
-        _check_lines(body)
-        return counts["face"]
-    # what follows the least is entries of lists; a polygon makes two triangles fewer than it has corners
-    return max(counts["face"], (len(body) - least) // lists - 2 * counts["face"])
-
-
-def _check_lines(text: bytes) -> None:
-    """Raises `ValueError` for a line longer than `MAX_LINE`."""
-    start = 0
-    while len(text) - start > MAX_LINE:
-        end = max(text.rfind(b"\n", start, start + MAX_LINE), text.rfind(b"\r", start, start + MAX_LINE))
-        if end < 0:
-            raise ValueError(f"it has a line of more than {MAX_LINE:,} bytes; split its polygons")
-        start = end + 1
+        entries = _words(body) - sum(count * numbers[element] for element, count in counts.items())
+    else:
+        entries = (len(body) - least) // entry
+    return _triangles(entries, counts["face"], lists["face"] == sum(lists.values()) == 1)
 
 
 def _check_off(data: bytes) -> int:
-    """Faces by the header, whose vertices and faces must fit into the file."""
+    """Faces by the header, whose vertices and faces must fit into the file, or as many triangles as its lines may hold."""
     text = re.sub(rb"#[^\n]*", b"", data[: 1 << 16])
     found = re.match(rb"\s*OFF\s+(\d{1,12})\s+(\d{1,12})\s+\d{1,12}\s", text)
     if not found:
         raise ValueError("it doesn't begin with OFF and three counts")
-    _check_lines(data)
     vertices, faces = int(found[1]), int(found[2])
     if 6 * (vertices + faces) > len(data):
         raise ValueError(
             f"its header promises {vertices:,} vertices and {faces:,} faces, more than {len(data):,} bytes hold"
         )
+    return _triangles(_words(data) - 4 - 3 * vertices - faces, faces, False)  # faces may have colours
+
+
+def _triangles(entries: int, faces: int, corners: bool) -> int:
+    """The most triangles of polygons whose lists have so many entries in all: two fewer a polygon than it has corners, if these
+    alone are listed; else, where colours or places in textures may be among them, refused if they are beyond all measure."""
+    if corners:
+        return max(faces, entries - 2 * faces)
+    if entries > max(MOST_ENTRIES * faces, 1 << 16):
+        raise ValueError(f"its {faces:,} faces have up to {entries:,} numbers; cut its polygons into triangles")
     return faces
+
+
+def _words(text: bytes) -> int:
+    """Numbers and words of a text, which may have comments, too."""
+    count, before = 0, True
+    for start in range(0, len(text), 1 << 20):
+        blank = np.frombuffer(text[start : start + (1 << 20)], np.uint8) <= 32
+        count += int((blank[:-1] & ~blank[1:]).sum()) + int(before and not blank[0])
+        before = bool(blank[-1])
+    return count
 
 
 # --- cleaning -------------------------------------------------------------------------------------------------------

@@ -56,6 +56,27 @@ def test_every_format_comes_back(name: str, tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.parametrize("text", [False, True])
+def test_faces_of_ply_may_have_places_in_a_texture(text: bool) -> None:
+    """Which are lists like those of corners; one of 200 faces has 1,800 entries."""
+    lines = "element vertex 3|property float x|property float y|property float z|element face 200|property list uchar int vertex_indices"
+    head = f"ply|format {'ascii' if text else 'binary_little_endian'} 1.0|{lines}|property list uchar float texcoord|end_header|"
+    if text:
+        body = b"0 0 0\n1 0 0\n0 1 0\n" + b"3 0 1 2 6 0 0 0 0 0 0\n" * 200
+    else:
+        body = struct.pack("<9f", 0, 0, 0, 1, 0, 0, 0, 1, 0) + struct.pack("<B3iB6f", 3, 0, 1, 2, 6, *[0.0] * 6) * 200
+    assert len(load_mesh(head.replace("|", "\n").encode() + body, max_faces=1000).faces) >= 1
+
+
+@pytest.mark.parametrize(
+    "line", ["format ascii 1.0", "xproperty list int uchar vertex_indices", "property list int quad vertex_indices"]
+)
+def test_headers_of_ply_that_could_be_read_two_ways_are_refused(line: str) -> None:
+    head = f"ply\nformat binary_little_endian 1.0\nelement vertex 1\nproperty float x\nelement face 1\n{line}\nend_header\n"
+    with pytest.raises(ValueError, match="its header has the line"):
+        load_mesh(head.encode() + bytes(100))
+
+
 @pytest.mark.parametrize("ending", sorted(EXTENSIONS))
 def test_files_are_written_whole_or_not_at_all(ending: str, tmp_path: Path) -> None:
     path = tmp_path / "new" / f"mesh.{ending.upper()}"
@@ -217,14 +238,14 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
         ),
         "has 1,999,998 faces",
     ),
-    "ply of one line": (
+    "ply of one text": (
         lambda: (
             b"ply\nformat ascii 1.0\nelement vertex 1\nproperty float x\nelement face 1\n"
-            b"property list int int vertex_indices\nend_header\n0\n1000000 " + b"0 " * 1_000_000
+            b"property list int int vertex_indices\nend_header\n0\n2000000 " + b"0 " * 2_000_000
         ),
-        "a line of more than 1,048,576 bytes",
+        "has 1,999,998 faces",
     ),
-    "off of one line": (lambda: b"OFF\n1 1 0\n0 0 0\n1000000 " + b"0 " * 1_000_000, "a line of more than"),
+    "off of one polygon": (lambda: b"OFF\n1 1 0\n0 0 0\n1000000 " + b"0 " * 1_000_000, "up to 1,000,000 numbers"),
     "ply without end": (lambda: b"ply\n" + b"comment\n" * 100, "header doesn't end"),
     "off of promises": (lambda: b"OFF\n900000000 900000000 0\n0 0 0\n", "promises 900,000,000"),
     "off without counts": (lambda: b"OFF\nx y z\n", "three counts"),
