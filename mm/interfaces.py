@@ -248,6 +248,7 @@ class Order(Checked, abc.ABC):
     """When each element of an item is generated. Training layout and generation plan live in one class."""
 
     default_steps: int = 0
+    """Rounds of an item, which `Sampling.steps` may change; 0: it has none, and `mm generate --steps` is refused."""
     along: bool = False
     """Whether a list (one axis) that comes right after a text runs along it: its elements' rotary coordinates are spread over
     the text's, so that they say how far the text has come, and the list's extent how fast (ARDiT, section 3.2). So does a list

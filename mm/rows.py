@@ -39,7 +39,8 @@ class Row:
         self.segments: list[Segment] = []
         self.text: list[int] = []
         self.forced = [self._encoded(item) if isinstance(item, Segment) else item for item in request.items]
-        self.parts = max(1, self._left() + request.text)
+        self.texts = int(request.text and request.max_tokens > 1)
+        self.parts, self.share = max(1, self._left() + self.texts), 0.0
         self.known = request.known
         self.owing = True
         """Whether items that were asked for may still come."""
@@ -368,23 +369,25 @@ class Row:
         else:
             assert self.session is not None
             session, name = self.session, self.vocabulary.entries[self.item].name
-            before = max(0, self.parts - self.request.text - self._left() - 1)
+            before = max(0, self.parts - self.texts - self._left() - 1)
             session.accept(tokens, log_prob)
             if self.proposal is not None and self.proposal.autoregressive and not session.lays_out:
                 self._feed_element(tokens[0])
             self._settle()
             self._advance()
             done = self.proposal.done if self.session is session and self.proposal is not None else 1.0
-            share = min(1.0, (before + done) / self.parts)
-            self.news = (name, session.content, done, session.final(), share)
+            self.share = max(
+                self.share, min(1.0, (before + done) / self.parts)
+            )  # items that come unasked take nothing back
+            self.news = (name, session.content, done, session.final(), self.share)
 
     def _accept_text(self, token: int) -> None:
         if token < self.vocabulary.host.size:
             self.text.append(token)
             self.main.host(token)
             done = len(self.text) / max(1, self.request.max_tokens)
-            share = (self.parts - 1 + min(1.0, done)) / self.parts
-            self.news = (self.vocabulary.host.name, partial(torch.tensor, self.text), done, len(self.text), share)
+            self.share = max(self.share, (self.parts - 1 + min(1.0, done)) / self.parts)
+            self.news = (self.vocabulary.host.name, partial(torch.tensor, self.text), done, len(self.text), self.share)
             if self.limit - self.main.length < 2:  # what is left is `eos`, which needs no asking
                 self._finish()
         elif token == self.vocabulary.control("eos"):

@@ -219,6 +219,18 @@ def test_events_tell_the_share_of_the_whole_row(items: int, words: bool) -> None
     assert said == sorted(said) and all(share > shares[-1] for share in said) and max(said, default=1) <= 1
 
 
+@pytest.mark.parametrize(("forced", "most"), [(1, 1), (1, 60), (0, 60)])
+def test_shares_reach_the_end_and_never_go_back(forced: int, most: int) -> None:
+    """Nothing is written where one token is all that fits; and items may come that nobody asked for."""
+    for seed in range(4):
+        events: list[Event] = []
+        request = Request(prompt=[text("a")], items=[("image", (2, 2))] * forced, free=True, max_tokens=most, seed=seed)
+        Engine(tiny()).generate([request], events.append)
+        shares = [event.share for event in events]
+        assert shares == sorted(shares) and max(shares) <= 1
+        assert most > 1 or shares[-1] == 1
+
+
 def test_results_are_ordinary_tensors_and_the_model_stays_in_its_mode() -> None:
     model = tiny(dropout=0.5).train()
     first = Engine(model).generate([mixed()[0]])

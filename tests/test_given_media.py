@@ -177,25 +177,25 @@ def test_the_command_cuts_and_says_so(here: Path, capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize(
     ("directions", "arguments", "message"),
     [
-        ({("text", "film")}, ["a"], "'both' learned to write no text at all; use --to video or another model"),
+        ({("text", "film")}, ["a"], "training showed 'both' no text to write; use --to video or another model"),
         (
             {("text", "film"), ("image", "film")},
             ["--from", "folder"],
-            "'both' learned to make no text of clips; use a model that learned it",
+            "training showed 'both' no text of clips; use another model",
         ),
         (
             {("film", "text"), ("text", "image")},
             ["--from", "a.png"],
-            "no text of pictures; it makes text of clips; use a model",
+            "no text of pictures; it makes text of clips; use another model",
         ),
         ({("film", "text")}, ["--from", "folder"], ""),
         ({("film", "text")}, ["a"], ""),
         ({("text", "image"), ("text", "text")}, ["a"], ""),
-        ({("text", "image"), ("text", "text")}, ["--from", "a.png"], "no text of pictures; use a model"),
+        ({("text", "image"), ("text", "text")}, ["--from", "a.png"], "no text of pictures; use another model"),
         (
             {("image", "film"), ("film", "text")},
             ["--from", "a.png"],
-            "it makes text of clips and clips of pictures; use a",
+            "it makes text of clips and clips of pictures; use an",
         ),
         (None, ["--from", "a.png"], ""),
         (None, ["a"], ""),
@@ -220,7 +220,7 @@ def test_text_of_a_model_that_learned_to_write_none(
 def test_steps_of_what_has_none(here: Path, capsys: pytest.CaptureFixture[str], option: str) -> None:
     """They were ignored."""
     assert run_mm(["generate", "red", "--model", "pictures", option, "3", "--out", "a.png"]) == 2
-    assert f"without such steps (raster order, LMHead); leave {option} out" in capsys.readouterr().err
+    assert f"in no steps that could be counted (raster order, LMHead); leave {option} out" in capsys.readouterr().err
 
 
 def test_pipelines_refuse_what_was_not_learned() -> None:
@@ -230,7 +230,7 @@ def test_pipelines_refuse_what_was_not_learned() -> None:
     reader.model.directions = frozenset({("film", "text"), ("text", "image")})
     assert len(reader(clip(3), max_tokens=2).texts) == 1
     with pytest.raises(
-        ValueError, match="^this model learned to make no text of pictures; it makes text of clips; use"
+        ValueError, match="^training showed this model no text of pictures; it makes text of clips; use"
     ):
         reader([clip(3), red], max_tokens=2)
 

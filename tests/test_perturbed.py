@@ -59,6 +59,14 @@ def test_first_copies_are_the_sounds_themselves_and_texts_stay() -> None:
     assert len({example["key"] for example in source}) == 15
 
 
+@pytest.mark.parametrize("into", ["key", "text", 3])
+def test_fields_that_sounds_may_not_take(into: Any) -> None:
+    with pytest.raises(ValueError, match="into is the name of a field beside key and text, got"):
+        PerturbedSource(Tones(), into=into)
+    with pytest.raises(BrokenExample, match="has a field 'number' already; give another one in into"):
+        PerturbedSource(Tones(), into="number")[0]
+
+
 def test_a_sound_may_go_into_another_field() -> None:
     same, other = PerturbedSource(Tones(), copies=2), PerturbedSource(Tones(), copies=2, into="heard")
     assert other.identity != same.identity == PerturbedSource(Tones(), copies=2, into="audio").identity

@@ -59,7 +59,8 @@ def test_every_format_comes_back(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", [False, True])
 def test_faces_of_ply_may_have_places_in_a_texture(text: bool) -> None:
     """Which are lists like those of corners; one of 200 faces has 1,800 entries."""
-    lines = "element vertex 3|property float x|property float y|property float z|element face 200|property list uchar int vertex_indices"
+    lines = "element vertex 3|property float x|property float y|property float z|element face 200"
+    lines += "|property list uchar int vertex_indices"
     head = f"ply|format {'ascii' if text else 'binary_little_endian'} 1.0|{lines}|property list uchar float texcoord|end_header|"
     if text:
         body = b"0 0 0\n1 0 0\n0 1 0\n" + b"3 0 1 2 6 0 0 0 0 0 0\n" * 200

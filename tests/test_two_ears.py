@@ -48,7 +48,7 @@ def sound() -> Audio:
 )
 def test_given_sounds_go_where_training_showed_them(directions: frozenset[tuple[str, str]] | None, hears: str) -> None:
     made = model(directions)
-    assert AnyToAnyPipeline(made).hearing == hears
+    assert AnyToAnyPipeline(made).hearing() == hears
     assert [segment.modality for segment in AnyToAnyPipeline(made).encode([[sound(), "a"]])[0]] == [hears, "text"]
     assert SpeechToTextPipeline(made).encode([sound()])[0][0].modality == hears
     assert len(SpeechToTextPipeline(made)(sound(), max_tokens=3).texts) == 1
@@ -56,7 +56,7 @@ def test_given_sounds_go_where_training_showed_them(directions: frozenset[tuple[
 
 def test_what_is_made_of_its_own_medium_is_no_hearing() -> None:
     """Mega-TTS hears a timbre, to speak in it."""
-    assert AnyToAnyPipeline(model(frozenset({("text", "speech"), ("ear", "speech")}))).hearing == "speech"
+    assert AnyToAnyPipeline(model(frozenset({("text", "speech"), ("ear", "speech")}))).hearing() == "speech"
 
 
 def test_it_speaks_with_the_codec() -> None:
@@ -72,5 +72,14 @@ def test_it_is_saved_whole(tmp_path) -> None:  # type: ignore[no-untyped-def]
     made = model(LEARNED)
     save_pretrained(made, tmp_path / "model", storage="float16")
     again = load_pretrained(tmp_path / "model")
-    assert SpeechToTextPipeline(again).hearing == "ear"
+    assert SpeechToTextPipeline(again).hearing() == "ear"
     assert again.directions == LEARNED
+
+
+def test_sounds_are_heard_as_what_is_made_of_them_was_learned() -> None:
+    pipeline = AnyToAnyPipeline(model(LEARNED))
+    assert pipeline.hearing("speech") == "speech", "training showed no sound behind the ear"
+    assert pipeline.encode([[sound()]], "speech")[0][0].modality == "speech"
+    both = AnyToAnyPipeline(model(frozenset({("speech", "text"), ("ear", "text")})))
+    assert both.hearing() == "ear"
+    assert abilities_of(AnyToAnyPipeline(model(frozenset({("text", "ear"), ("ear", "text")})))).makes == set()

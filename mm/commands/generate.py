@@ -133,7 +133,7 @@ def main(argv: list[str]) -> int:
             f"{args.model!r} makes {' and '.join(kinds) or 'nothing'}, not {args.to!r}"
             + {"speech": f"; {SPEAKERS}", "video": f"; {FILMS}", "3d": f"; {MODELLERS}"}.get(args.to, "")
         )
-    making.check_learned(pipeline, args)
+    making.check_request(pipeline, args)
     making.check_steps(pipeline, args)
     with Bar("generating", args.to) as bar:
         done: dict[int, float] = {}

@@ -201,7 +201,7 @@ def texts(pipeline: Pipeline, args: Namespace, progress: Any) -> Any:
     return TextOutput(["".join(map(str, parts)) for parts in out.documents], [], out.seed)
 
 
-def check_learned(pipeline: Pipeline, args: Namespace) -> None:
+def check_request(pipeline: Pipeline, args: Namespace) -> None:
     """Raises `ValueError` for a model whose training showed it nothing of the kind: it would answer with nothing, or anything."""
     from mm.pipelines import abilities
     from mm.pipelines.any_to_any import AnyToAnyPipeline
@@ -212,10 +212,12 @@ def check_learned(pipeline: Pipeline, args: Namespace) -> None:
     if made == "text" and not (args.given or able.writes):
         instead = [f"--to {kind}" for medium, kind in KINDS.items() if ("text", medium) in able.follows]
         raise ValueError(
-            f"{args.model!r} learned to write no text at all; use {' or '.join([*instead, 'another model'])}"
+            f"training showed {args.model!r} no text to write; use {' or '.join([*instead, 'another model'])}"
         )
-    if made == "video" or args.mask or args.span:
+    if args.given and (made == "video" or args.mask or args.span):
         return  # what is given is the beginning, or the rest, of what is made
+    if made != "text" and not args.given:
+        abilities.check_learned(pipeline, "text", made, repr(args.model))
     for given in dict.fromkeys(pipeline.medium(Path(name)) for name in args.given):
         if given != made:
             abilities.check_learned(pipeline, given, made, repr(args.model))
@@ -228,14 +230,14 @@ def check_steps(pipeline: Pipeline, args: Namespace) -> None:
     medium = next((medium for medium, kind in KINDS.items() if kind == args.to), None)
     name = pipeline.text if medium is None else abilities_of(pipeline).modalities[medium]
     made = pipeline.model.modalities[pipeline.model.vocabulary.index[name]]
-    blocks, head = hasattr(made.order, "sampler"), hasattr(made.head, "sampler")
+    denoises = hasattr(made.order, "sampler"), hasattr(made.head, "sampler")
     for option, value, able in (
-        ("--steps", args.steps, blocks or made.order.default_steps > 0),
-        ("--denoising-steps", args.denoising_steps, blocks or head),
+        ("--steps", args.steps, denoises[0] or made.order.default_steps > 0),
+        ("--denoising-steps", args.denoising_steps, any(denoises)),
     ):
         if value is not None and not able:
             how = f"({type(made.order).__name__.lower()} order, {type(made.head).__name__})"
-            raise ValueError(f"{args.model!r} makes {name} without such steps {how}; leave {option} out")
+            raise ValueError(f"{args.model!r} makes {name} in no steps that could be counted {how}; leave {option} out")
 
 
 def _heard(pipeline: Pipeline, args: Namespace) -> bool:

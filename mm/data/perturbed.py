@@ -79,6 +79,8 @@ class PerturbedSource(Source):
             raise ValueError(f"gain is 0 to 40 decibels, got {gain}")
         if noise is not None and not _is_range(noise):
             raise ValueError(f"noise is two ratios in decibels, the smaller first, from −20 to 100, got {noise!r:.60}")
+        if not isinstance(into, str) or into in ("key", "text"):
+            raise ValueError(f"into is the name of a field beside key and text, got {into!r:.60}")
         if seed < 0:
             raise ValueError(f"seed must be at least 0, got {seed}")
         self.source, self.copies, self.field, self.into, self.seed = source, copies, field, into or field, seed
@@ -111,6 +113,8 @@ class PerturbedSource(Source):
                 f"{self.source.what} has no field {self.field!r} to change; it has: {', '.join(sorted(fields))}"
             )
         sound = fields.pop(self.field)
+        if self.into in fields:
+            raise BrokenExample(f"{self.source.what} has a field {self.into!r} already; give another one in into")
         fields[self.into] = Lazy(lambda: self._changed(example[self.field], ordinal)) if copy else sound
         return fields
 

@@ -73,7 +73,7 @@ def evaluate_digits(
     figures.append(share(FAMILY, "generated, recognised", hits, detail=detail))
     figures += variety(drawn.pixels, asked, digits)
     figures += distances(judge, drawn.pixels, digits, held)
-    captions, written = caption_figures(subject, held, where, protocol, say) if subject.learned_captions else ([], [])
+    captions, written = caption_figures(subject, held, where, protocol, say)
     return Outcome(figures + captions, prompts, drawn, [drawn], written)
 
 
@@ -128,6 +128,9 @@ def caption_figures(
     subject: Subject, held: Gallery, where: str, protocol: Protocol, say: Say
 ) -> tuple[list[Figure], list[Written]]:
     """Captions of real digits: equal to the training caption to the letter; and naming the right digit and no other."""
+    if not subject.learned_captions:
+        say("digits: no captions, training showed the model none")
+        return [], []
     chosen = held.subset(range(min(len(held), protocol.captioned)))
     say(f"digits: captioning {len(chosen)}")
     written = subject.write(chosen.pixels, protocol.seed, protocol.caption_tokens)

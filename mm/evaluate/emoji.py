@@ -63,7 +63,7 @@ def evaluate_emoji(
             figures += other_style_figures(judge, "seen styles", made.pixels, rows)
         shown = shown or (prompts, made)
     missing, more = missing_style_figures(subject, judge, seen, protocol, references, say)
-    captions, written = caption_figures(subject, gallery, seen, protocol, say) if subject.learned_captions else ([], [])
+    captions, written = caption_figures(subject, gallery, seen, protocol, say)
     assert shown is not None  # a source has at least one picture, and seen rows are never empty
     return Outcome(figures + missing + captions, *shown, drawn + more, written)
 
@@ -108,6 +108,9 @@ def caption_figures(
     """Captions that the model writes for real pictures it was trained on, and for held-out ones (concepts that it has
     never seen; exact ones are then luck or composition): caption and style to the letter, caption alone, style alone.
     """
+    if not subject.learned_captions:
+        say("emoji: no captions, training showed the model none")
+        return [], []
     figures, written = [], []
     groups = {"training pictures": choose(gallery, seen, protocol, 3)}
     held = [row for row in range(len(gallery)) if row not in set(seen)]

@@ -146,10 +146,11 @@ def evaluate_shapes(
     if draws_pictured(subject):
         say("shapes: from pictures")
         figures += pictured_figures(subject, source, judge, asked, protocol, folder)
-    if "shape" in abilities_of(subject.reads).reads:
-        say("shapes: captions and answers")
-        figures += caption_figures(subject, asked, protocol)
-    return figures
+    if "shape" not in abilities_of(subject.reads).reads:
+        say("shapes: no captions, training showed the model none")
+        return figures
+    say("shapes: captions and answers")
+    return figures + caption_figures(subject, asked, protocol)
 
 
 def draws_pictured(subject: ShapeSubject) -> bool:

@@ -73,6 +73,11 @@ class SpeechSubject(Tested):
         order = self.model.modalities[self.model.vocabulary.index[self.speaks.speech]].order
         return not self.model.by_word and bool(getattr(order, "infill", 0.0))
 
+    @property
+    def learned_hearing(self) -> bool:
+        """Whether training showed it texts of sounds, as far as is known."""
+        return "sound" in abilities_of(self.hears).reads
+
     def transcribe(self, audios: Sequence[Audio]) -> list[str]:
         """One text a sound, the likeliest token each time."""
         return self.hears(list(audios), seed=0).texts if audios else []
@@ -121,8 +126,12 @@ def evaluate_speech(
             seed=protocol.seed,
             say=say,
         )
-    if isinstance(subject, SpeechSubject) and set(only) <= {"listening"}:
-        return figures
+    if isinstance(subject, SpeechSubject):
+        deaf = set() if subject.learned_hearing else {"hearing"}
+        if set(only) <= {"listening", *deaf}:
+            for part in sorted(deaf & set(only)):
+                say(f"{part}: left out, training showed the model no text of sounds")
+            return figures
     spoken = prepare(given[CLEAR], given[REAL], judges, say, protocol.seed)
     if isinstance(subject, ModalityTokenizer):
         return tokenizer_figures(subject, spoken, protocol.captioned, say)
@@ -134,6 +143,8 @@ def evaluate_speech(
         figures += pace_figures(subject, spoken, protocol.samples, protocol.seed, say)
     if "editing" in only and spoken.clear is not None and subject.fills_in:
         figures += editing_figures(subject, spoken, protocol.samples, protocol.seed, say)
-    if "hearing" in only and "sound" in abilities_of(subject.hears).reads:
+    if "hearing" in only and not subject.learned_hearing:
+        say("hearing: left out, training showed the model no text of sounds")
+    elif "hearing" in only:
         figures += hearing_figures(subject, spoken, protocol.captioned, say)
     return figures

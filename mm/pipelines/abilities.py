@@ -19,7 +19,7 @@ WORDS: dict[Kind, str] = {"text": "text", "picture": "pictures", "sound": "sound
 @dataclass(frozen=True, kw_only=True)
 class Abilities:
     """By what training showed the model, or, where that isn't known, by its modalities. Of several modalities of a medium
-    the first makes, which is the one that pipelines use; any may be read (`Pipeline.hearing`)."""
+    the first counts, which is the one that pipelines use; of sounds any may be the one that is heard (`Pipeline.hearing`)."""
 
     modalities: dict[Medium, str]
     """The modality of each medium."""
@@ -57,19 +57,20 @@ def abilities(
             not to listen.
     """
     names: dict[Medium, str] = {}
-    kinds: dict[str, Kind] = {text: "text"}
+    given: dict[str, Kind] = {text: "text"}
     able: set[Medium] = set()
     for name, tokenizer in tokenizers:
         medium = medium_of(tokenizer.spec)
-        if medium:
-            kinds[name] = medium
+        if medium == "sound" or (medium and medium not in names):
+            given[name] = medium  # `Pipeline.hearing` finds the one of sound
         if medium and medium not in names:
             names[medium] = name
             # sounds that stand for no place in time are those that are only read, such as a recogniser's
             if tokenizer.decodes and (tokenizer.spec.spatial or medium != "sound"):
                 able.add(medium)
     if directions:
-        learned = {(kinds[given], kinds[made]) for given, made in directions if given in kinds and made in kinds}
+        made = {text: given[text], **{name: medium for medium, name in names.items()}}
+        learned = {(given[one], made[other]) for one, other in directions if one in given and other in made}
         results = {made for _, made in learned}
         makes, writes = able & results, "text" in results
     else:
@@ -78,7 +79,7 @@ def abilities(
         starts: list[Kind] = ["text", *(medium for medium in names if not (medium == "sound" and by_word))]
         ends: list[Kind] = [*makes, "text"] if writes else [*makes]
         learned = {(given, made) for given in starts for made in ends}
-    follows = frozenset((given, made) for given, made in learned if given != made)
+    follows = frozenset((one, other) for one, other in learned if one != other)
     return Abilities(modalities=names, makes=frozenset(makes), writes=writes, follows=follows)
 
 
@@ -91,7 +92,8 @@ def abilities_of(pipeline: Pipeline) -> Abilities:
 
 def check_learned(pipeline: Pipeline, given: Kind, made: Kind, name: str = "this model") -> None:
     """Raises `ValueError` for a model of both whose training showed it none of `made` behind `given`: it would answer with
-    anything. `name` is how the message calls it. Whoever needs a modality that the model lacks says so."""
+    anything. `name` is how the message calls it. Whoever needs a modality that the model lacks says so. A model whose
+    `directions` are None is refused nothing."""
     able = abilities_of(pipeline)
     if (given, made) in able.follows or not {given, made} <= {"text", *able.modalities}:
         return
@@ -101,9 +103,9 @@ def check_learned(pipeline: Pipeline, given: Kind, made: Kind, name: str = "this
         results
     )
     raise ValueError(
-        f"{name} learned to make no {WORDS[made]} of {WORDS[given]}"
+        f"training showed {name} no {WORDS[made]} of {WORDS[given]}"
         + (f"; it makes {_list(knows)}" if knows else "")
-        + "; use a model that learned it"
+        + "; use another model"
     )
 
 

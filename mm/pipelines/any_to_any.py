@@ -89,18 +89,19 @@ class AnyToAnyPipeline(ShapeReader):
                 raise ValueError(f"got a {type(value).__name__} for the sampling of {name!r}; give a Sampling")
         requests = [
             Request(prompt=prompt, items=items, free=free, max_tokens=max_tokens, by_modality=chosen)
-            for prompt in self.encode(documents(document))
+            for prompt in self.encode(documents(document), items[0][0] if items else None)
         ]
         return AnyOutput([self.decode(segments) for segments in self.run(requests, seed, callback)], seed)
 
-    def encode(self, documents: Sequence[Sequence[Part]]) -> list[list[Segment]]:
-        """Documents as segments; all pictures of all documents are encoded together, and all sounds."""
+    def encode(self, documents: Sequence[Sequence[Part]], result: str | None = None) -> list[list[Segment]]:
+        """Documents as segments; all pictures of all documents are encoded together, and all sounds, these as the modality
+        that is heard where `result` is made of them."""
         if any(not document for document in documents):
             raise ValueError("the document is empty; give at least one text, picture, sound, clip or shape")
         given: list[Any] = [part for document in documents for part in document if not isinstance(part, str | Segment)]
         media = [self.medium(part) for part in given]
         encoders: dict[Medium, Callable[[list[Any]], list[Segment]]] = {
-            "sound": self.encode_sounds,
+            "sound": lambda sounds: self.encode_sounds(sounds, self.hearing(result)) if sounds else [],
             "video": self.encode_videos,
             "picture": self.encode_pictures,
             "shape": self.encode_shapes,

@@ -124,17 +124,15 @@ class Pipeline:
         """Name of the first modality beside the host whose tokenizer is one of sound. Raises `ValueError` where there is none."""
         return self._first("sound", f"sound; it has {{}}; {SPEAKERS}")
 
-    @property
-    def hearing(self) -> str:
-        """Name of the modality that given sounds are read with: the first that does nothing but read, if training showed what
-        is made of it in another medium (as Janus sees through another tokenizer than it draws with: Wu et al. 2024, arXiv
-        2410.13848), else `speech`. Raises `ValueError` where there is no modality of sound."""
-        sounds = {one.name for one in self.model.modalities[1:] if medium_of(one.tokenizer.spec) == "sound"}
-        used = {given for given, made in self.model.directions or () if made not in sounds}
-        for modality in self.model.modalities[1:]:
-            if modality.name in sounds & used and not modality.tokenizer.decodes:
-                return modality.name
-        return self.speech
+    def hearing(self, made: str | None = None) -> str:
+        """Name of the modality that given sounds are read with, where `made` (a modality; text by default) is made of them: the
+        first of sound that training showed before it, one that does nothing but read before others (as Janus sees through another
+        tokenizer than it draws with: Wu et al. 2024, arXiv 2410.13848); where there is none, `speech`. Raises `ValueError` where
+        there is no modality of sound."""
+        shown = {given for given, what in self.model.directions or () if what == (made or self.text)}
+        sounds = [one for one in self.model.modalities[1:] if medium_of(one.tokenizer.spec) == "sound"]
+        fit = sorted((one for one in sounds if one.name in shown), key=lambda one: one.tokenizer.decodes)
+        return fit[0].name if fit else self.speech
 
     @property
     def video(self) -> str:
@@ -204,12 +202,12 @@ class Pipeline:
                 batch, pixels = [], 0  # large pictures must not all be in memory at once
         return [Segment(self.picture, item, loss=False) for item in encoded]
 
-    def encode_sounds(self, sounds: Sequence[SoundSource], name: str = "") -> list[Segment]:
-        """Given sounds, at the model's rate, of the modality `name` (that of `hearing` by default). Raises `ValueError` for what
+    def encode_sounds(self, sounds: Sequence[SoundSource], name: str | None = None) -> list[Segment]:
+        """Given sounds, at the model's rate, of the modality `name` (by default `hearing()`). Raises `ValueError` for what
         can't be loaded, or is longer than one item."""
         if not sounds:
             return []
-        name = name or self.hearing
+        name = name or self.hearing()
         tokenizer = self.tokenizer(name)
         most = longest(tokenizer)
         encoded: list[Encoded] = []

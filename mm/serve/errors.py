@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -105,8 +106,16 @@ def _wrong(error: Mapping[str, Any]) -> str:
     if error["type"] == "string_pattern_mismatch":
         said = "should be auto, or WIDTHxHEIGHT in pixels"  # the only pattern there is is that of sizes
     said = re.sub("^(Input|String|Value|List) should", "should", said.removeprefix("Value error, "))
-    shown = f", got {got!r:.60}" if got is None or isinstance(got, str | int | float) else ""
-    return (said if said.startswith("should") else f"is wrong: {said}") + shown
+    if not said.startswith("should"):
+        return f"is wrong: {said}"
+    if error["type"] == "string_too_long":
+        return f"{said}, got {len(str(got)):,}"
+    plain = (
+        got is None
+        or isinstance(got, bool | int | float)
+        or (isinstance(got, str) and len(got) <= 40 and "/" not in got)
+    )
+    return f"{said}, got {json.dumps(got, ensure_ascii=False)}" if plain else said
 
 
 def response(error: HTTPException) -> JSONResponse:
