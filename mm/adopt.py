@@ -5,6 +5,7 @@ So a trained model of picture ids becomes the base of a model of picture vectors
 
 from __future__ import annotations
 
+import copy
 import os
 from typing import TYPE_CHECKING, cast
 
@@ -69,6 +70,25 @@ def adopt(model: MultimodalModel, path_or_name: str | os.PathLike[str]) -> list[
         model.mask.weight[number] = other.mask.weight[number]
         if number:
             taken += _adopt_modality(model, other, mine[name], other.vocabulary[name])
+    return taken
+
+
+@torch.no_grad()
+def blend(model: MultimodalModel, path_or_name: str | os.PathLike[str], share: float) -> list[str]:
+    """Average `model` with what `adopt` takes over from the checkpoint that it was trained from: `share` of its own weights and the
+    rest of that one's. What fine-tuning has brought and what it has cost, it has in other places than where the two agree
+    (WiSE-FT: Wortsman et al. 2021, arXiv 2109.01903, section 3). What the checkpoint lacks stays as it is.
+
+    Returns what was averaged. Raises `ValueError` as `adopt`, and for a share outside 0 to 1; nothing is changed then.
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"share is of the model's own weights, from 0 to 1, got {share}")
+    before = copy.deepcopy(model)
+    taken = adopt(before, path_or_name)
+    theirs = before.state_dict()
+    for name, own in model.state_dict().items():
+        if own.is_floating_point():
+            own.copy_(share * own + (1 - share) * theirs[name])
     return taken
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mm.adopt import adopt, fingerprint, train_only
+from mm.adopt import adopt, blend, fingerprint, train_only
 from mm.backbone import BackboneConfig
 from mm.generation import Engine, Request
 from mm.heads.depth import DepthHead
@@ -145,6 +145,22 @@ def test_what_does_not_fit_is_refused_and_nothing_changed(base: Path, change: st
 
 
 # --- frozen parts ---------------------------------------------------------------------------------------------------
+
+
+def test_weights_are_averaged_with_those_they_came_from(base: Path) -> None:
+    source = load_pretrained(base)
+    tuned, other = load_pretrained(base), source.state_dict()
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    own = {name: value.clone() for name, value in tuned.state_dict().items()}
+    with pytest.raises(ValueError, match="share is of the model's own weights, from 0 to 1, got 1.5"):
+        blend(tuned, base, 1.5)
+    blend(tuned, base, 1.0)
+    assert all(torch.equal(value, own[name]) for name, value in tuned.state_dict().items())
+    assert "backbone" in blend(tuned, base, 0.75)
+    for name, value in tuned.state_dict().items():
+        assert torch.allclose(value, 0.75 * own[name] + 0.25 * other[name], atol=1e-6), name
 
 
 def steps(module: ModelTraining, count: int) -> list[float]:
