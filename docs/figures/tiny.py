@@ -20,7 +20,7 @@ from mm.shape_views import turntable  # noqa: E402
 
 PICTURES = (
     ["blue heart, noto", "mushroom, twemoji", "grinning face, twemoji", "tulip, noto", "snowman, noto"]
-    + ["red apple, noto", "rocket, noto"]
+    + ["cactus, noto", "rocket, noto"]
     + [f"handwritten digit {name}" for name in ("three", "seven", "eight")]
 )
 SAID = [("three five one seven", "slt"), ("turn on the light", "rms"), ("seven", "theo"), ("two", "jackson")]
