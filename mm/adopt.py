@@ -75,9 +75,9 @@ def adopt(model: MultimodalModel, path_or_name: str | os.PathLike[str]) -> list[
 
 @torch.no_grad()
 def blend(model: MultimodalModel, path_or_name: str | os.PathLike[str], share: float) -> list[str]:
-    """Average `model` with what `adopt` takes over from the checkpoint that it was trained from: `share` of its own weights and the
-    rest of that one's. What fine-tuning has brought and what it has cost, it has in other places than where the two agree
-    (WiSE-FT: Wortsman et al. 2021, arXiv 2109.01903, section 3). What the checkpoint lacks stays as it is.
+    """Average `model` with what `adopt` takes over from the checkpoint that it was trained from: `share` of its own weights and
+    the rest of that one's, which keeps more of what the checkpoint knew and most of what training added (WiSE-FT: Wortsman et al.
+    2021, arXiv 2109.01903). What the checkpoint lacks stays as it is.
 
     Returns what was averaged. Raises `ValueError` as `adopt`, and for a share outside 0 to 1; nothing is changed then.
     """
