@@ -126,12 +126,11 @@ def evaluate_speech(
             seed=protocol.seed,
             say=say,
         )
-    if isinstance(subject, SpeechSubject):
-        deaf = set() if subject.learned_hearing else {"hearing"}
-        if set(only) <= {"listening", *deaf}:
-            for part in sorted(deaf & set(only)):
-                say(f"{part}: left out, training showed the model no text of sounds")
-            return figures
+    if isinstance(subject, SpeechSubject) and "hearing" in only and not subject.learned_hearing:
+        say("hearing: left out, training showed the model no text of sounds")
+        only = [part for part in only if part != "hearing"]
+    if isinstance(subject, SpeechSubject) and set(only) <= {"listening"}:
+        return figures
     spoken = prepare(given[CLEAR], given[REAL], judges, say, protocol.seed)
     if isinstance(subject, ModalityTokenizer):
         return tokenizer_figures(subject, spoken, protocol.captioned, say)
@@ -143,8 +142,6 @@ def evaluate_speech(
         figures += pace_figures(subject, spoken, protocol.samples, protocol.seed, say)
     if "editing" in only and spoken.clear is not None and subject.fills_in:
         figures += editing_figures(subject, spoken, protocol.samples, protocol.seed, say)
-    if "hearing" in only and not subject.learned_hearing:
-        say("hearing: left out, training showed the model no text of sounds")
-    elif "hearing" in only:
+    if "hearing" in only:
         figures += hearing_figures(subject, spoken, protocol.captioned, say)
     return figures
