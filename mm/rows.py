@@ -47,7 +47,7 @@ class Row:
         self.session: Session | None = None
         self.proposal: Proposal | None = None
         self.state = "text"
-        self.news: tuple[str, Callable[[], Tensor], float, int, float] | None = None
+        self.news: tuple[str, Callable[[], Tensor], float, int] | None = None
         self.head, self.item = 0, 0
         self.grid: tuple[int, ...] = ()
         self.within: range | None = None
@@ -376,18 +376,16 @@ class Row:
             self._settle()
             self._advance()
             done = self.proposal.done if self.session is session and self.proposal is not None else 1.0
-            self.share = max(
-                self.share, min(1.0, (before + done) / self.parts)
-            )  # items that come unasked take nothing back
-            self.news = (name, session.content, done, session.final(), self.share)
+            self._share(before, done)
+            self.news = (name, session.content, done, session.final())
 
     def _accept_text(self, token: int) -> None:
         if token < self.vocabulary.host.size:
             self.text.append(token)
             self.main.host(token)
             done = len(self.text) / max(1, self.request.max_tokens)
-            self.share = max(self.share, (self.parts - 1 + min(1.0, done)) / self.parts)
-            self.news = (self.vocabulary.host.name, partial(torch.tensor, self.text), done, len(self.text), self.share)
+            self._share(self.parts - 1, done)
+            self.news = (self.vocabulary.host.name, partial(torch.tensor, self.text), done, len(self.text))
             if self.limit - self.main.length < 2:  # what is left is `eos`, which needs no asking
                 self._finish()
         elif token == self.vocabulary.control("eos"):
@@ -400,10 +398,14 @@ class Row:
         """Items that are still to be opened."""
         return sum(not isinstance(item, Segment) for item in self.forced)
 
+    def _share(self, before: int, done: float) -> None:
+        """So many parts of the row are complete, and this much of the next; what comes unasked takes nothing back."""
+        self.share = max(self.share, min(1.0, (before + done) / self.parts))
+
     def event(self) -> tuple[str, Tensor, float, int, float] | None:
         """(modality, content so far, fraction done, elements that are final, fraction of the whole row) of what the last pass
         drew, once, for a progress callback."""
         if self.news is None:
             return None
-        (name, content, done, final, share), self.news = self.news, None
-        return name, content(), done, final, share
+        (name, content, done, final), self.news = self.news, None
+        return name, content(), done, final, self.share

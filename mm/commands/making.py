@@ -201,13 +201,18 @@ def texts(pipeline: Pipeline, args: Namespace, progress: Any) -> Any:
     return TextOutput(["".join(map(str, parts)) for parts in out.documents], [], out.seed)
 
 
+def _made(args: Namespace) -> Medium | None:
+    """The medium that comes out; None: text."""
+    return next((medium for medium, kind in KINDS.items() if kind == args.to), None)
+
+
 def check_request(pipeline: Pipeline, args: Namespace) -> None:
     """Raises `ValueError` for a model whose training showed it nothing of the kind: it would answer with nothing, or anything."""
     from mm.pipelines import abilities
     from mm.pipelines.any_to_any import AnyToAnyPipeline
 
     assert isinstance(pipeline, AnyToAnyPipeline)
-    made: abilities.Kind = next((medium for medium, kind in KINDS.items() if kind == args.to), "text")
+    made = _made(args) or "text"
     able = abilities.abilities_of(pipeline)
     if made == "text" and not (args.given or able.writes):
         instead = [f"--to {kind}" for medium, kind in KINDS.items() if ("text", medium) in able.follows]
@@ -227,7 +232,7 @@ def check_steps(pipeline: Pipeline, args: Namespace) -> None:
     """Raises `ValueError` for numbers of steps where nothing is done in steps."""
     from mm.pipelines.abilities import abilities_of
 
-    medium = next((medium for medium, kind in KINDS.items() if kind == args.to), None)
+    medium = _made(args)
     name = pipeline.text if medium is None else abilities_of(pipeline).modalities[medium]
     made = pipeline.model.modalities[pipeline.model.vocabulary.index[name]]
     denoises = hasattr(made.order, "sampler"), hasattr(made.head, "sampler")

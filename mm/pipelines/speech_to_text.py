@@ -114,9 +114,9 @@ class SpeechToTextPipeline(Pipeline):
     @property
     def seconds(self) -> float:
         """The longest piece: what an item and the context hold, with room for its text."""
-        number = self.model.vocabulary.index[self.hearing()]
-        spec, order = self.tokenizer(self.hearing()).spec, self.model.modalities[number].order
-        room = self.model.context - 1 - self.model.grammar.overhead(self.hearing())
+        name = self.hearing()
+        spec, order = self.tokenizer(name).spec, self.model.modalities[self.model.vocabulary.index[name]].order
+        room = self.model.context - 1 - self.model.grammar.overhead(name)
         most = min(spec.max_grid[0], int(MOST_SECONDS * spec.frame_rate) or 1)
         for count in range(most, 0, -1):
             if order.places(count, spec) + max(2, CHARACTERS * count / spec.frame_rate) <= room:
@@ -125,8 +125,8 @@ class SpeechToTextPipeline(Pipeline):
 
     def pieces(self, sound: SoundSource) -> Iterator[Audio]:
         """A sound at the model's rate in pieces of up to `seconds`, cut at quiet places; silent ones are left out."""
-        most = min(self.seconds, longest(self.tokenizer(self.hearing())))
-        rate = self.tokenizer(self.hearing()).spec.sample_rate
+        tokenizer = self.tokenizer(self.hearing())
+        most, rate = min(self.seconds, longest(tokenizer)), tokenizer.spec.sample_rate
         for piece in cut_quietly(read_chunks(sound, most, rate=rate), most):
             if float(np.abs(piece.samples).max(initial=0.0)) > SILENCE:
                 yield piece
