@@ -195,7 +195,7 @@ def test_the_command_cuts_and_says_so(here: Path, capsys: pytest.CaptureFixture[
         (
             {("image", "film"), ("film", "text")},
             ["--from", "a.png"],
-            "it makes text of clips and clips of pictures; use an",
+            "it makes text of clips, and clips of pictures; use an",
         ),
         (None, ["--from", "a.png"], ""),
         (None, ["a"], ""),

@@ -15,7 +15,7 @@ from mm.interfaces import Modality
 from mm.model import MultimodalModel
 from mm.orders.delay import Delay
 from mm.orders.raster import Raster
-from mm.pipelines.abilities import abilities_of
+from mm.pipelines.abilities import abilities_of, check_learned
 from mm.pipelines.any_to_any import AnyToAnyPipeline
 from mm.pipelines.speech_to_text import SpeechToTextPipeline
 from mm.pipelines.text_to_speech import TextToSpeechPipeline
@@ -83,3 +83,17 @@ def test_sounds_are_heard_as_what_is_made_of_them_was_learned() -> None:
     both = AnyToAnyPipeline(model(frozenset({("speech", "text"), ("ear", "text")})))
     assert both.hearing() == "ear"
     assert abilities_of(AnyToAnyPipeline(model(frozenset({("text", "ear"), ("ear", "text")})))).makes == set()
+
+
+def test_sounds_of_sounds_are_refused_where_it_never_spoke_what_it_heard() -> None:
+    """It answered with anything."""
+    pipeline = AnyToAnyPipeline(model(LEARNED))
+    with pytest.raises(
+        ValueError, match="^training showed this model no sounds of sounds; it makes sounds of text, and"
+    ):
+        check_learned(pipeline, "sound", "sound")
+    assert "sound" in abilities_of(pipeline).takes
+    check_learned(AnyToAnyPipeline(model(None)), "sound", "sound")
+    timbre = AnyToAnyPipeline(model(frozenset({("text", "speech"), ("ear", "speech")})))
+    check_learned(timbre, "sound", "sound")
+    assert "sound" not in abilities_of(timbre).takes

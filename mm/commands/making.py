@@ -224,8 +224,7 @@ def check_request(pipeline: Pipeline, args: Namespace) -> None:
     if made != "text" and not args.given:
         abilities.check_learned(pipeline, "text", made, repr(args.model))
     for given in dict.fromkeys(pipeline.medium(Path(name)) for name in args.given):
-        if given != made:
-            abilities.check_learned(pipeline, given, made, repr(args.model))
+        abilities.check_learned(pipeline, given, made, repr(args.model))
 
 
 def check_steps(pipeline: Pipeline, args: Namespace) -> None:

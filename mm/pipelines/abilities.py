@@ -27,7 +27,8 @@ class Abilities:
     writes: bool
     """Whether it writes texts at all."""
     follows: frozenset[tuple[Kind, Kind]]
-    """(given, made): what it makes of what, by medium or text."""
+    """(given, made): what it makes of what, by medium or text; of sounds also what sounds of one modality it makes of those of
+    another. Whether it goes on with more of the same isn't known."""
 
     @property
     def reads(self) -> frozenset[Medium]:
@@ -37,7 +38,7 @@ class Abilities:
     @property
     def takes(self) -> frozenset[Medium]:
         """Media that something may follow on, be it text or not."""
-        given = {given for given, _ in self.follows}
+        given = {given for given, made in self.follows if given != made}
         return frozenset(medium for medium in self.modalities if medium in given)
 
 
@@ -70,17 +71,17 @@ def abilities(
                 able.add(medium)
     if directions:
         made = {text: given[text], **{name: medium for medium, name in names.items()}}
-        learned = {(given[one], made[other]) for one, other in directions if one in given and other in made}
-        results = {made for _, made in learned}
+        shown = [(one, other) for one, other in directions if one in given and other in made]
+        results = {made[other] for _, other in shown}
+        learned = {(given[one], made[other]) for one, other in shown if one != other}
         makes, writes = able & results, "text" in results
     else:
         # a model of speech alone, word by word, learned to speak only
         makes, writes = able, not (by_word and set(names) == {"sound"})
         starts: list[Kind] = ["text", *(medium for medium in names if not (medium == "sound" and by_word))]
         ends: list[Kind] = [*makes, "text"] if writes else [*makes]
-        learned = {(given, made) for given in starts for made in ends}
-    follows = frozenset((one, other) for one, other in learned if one != other)
-    return Abilities(modalities=names, makes=frozenset(makes), writes=writes, follows=follows)
+        learned = {(given, made) for given in starts for made in ends if given != made}
+    return Abilities(modalities=names, makes=frozenset(makes), writes=writes, follows=frozenset(learned))
 
 
 def abilities_of(pipeline: Pipeline) -> Abilities:
@@ -93,9 +94,12 @@ def abilities_of(pipeline: Pipeline) -> Abilities:
 def check_learned(pipeline: Pipeline, given: Kind, made: Kind, name: str = "this model") -> None:
     """Raises `ValueError` for a model of both whose training showed it none of `made` behind `given`: it would answer with
     anything. `name` is how the message calls it. Whoever needs a modality that the model lacks says so. A model whose
-    `directions` are None is refused nothing."""
+    `directions` are None is refused nothing, nor is more of the same (which directions don't tell), unless it hears with one
+    modality and speaks with another."""
     able = abilities_of(pipeline)
     if (given, made) in able.follows or not {given, made} <= {"text", *able.modalities}:
+        return
+    if given == made and not (pipeline.model.directions and pipeline.alike(given) > 1):
         return
     sources = [WORDS[kind] for kind in WORDS if (kind, made) in able.follows]
     results = [WORDS[kind] for kind in WORDS if (given, kind) in able.follows]
@@ -104,7 +108,7 @@ def check_learned(pipeline: Pipeline, given: Kind, made: Kind, name: str = "this
     )
     raise ValueError(
         f"training showed {name} no {WORDS[made]} of {WORDS[given]}"
-        + (f"; it makes {_list(knows)}" if knows else "")
+        + (f"; it makes {', and '.join(knows)}" if knows else "")
         + "; use another model"
     )
 

@@ -151,6 +151,10 @@ class Pipeline:
             medium for modality in self.model.modalities[1:] if (medium := medium_of(modality.tokenizer.spec))
         )
 
+    def alike(self, kind: str) -> int:
+        """How many modalities of a medium the model has."""
+        return sum(medium_of(modality.tokenizer.spec) == kind for modality in self.model.modalities[1:])
+
     def _first(self, medium: Medium, otherwise: str) -> str:
         for modality in self.model.modalities[1:]:
             if medium_of(modality.tokenizer.spec) == medium:
