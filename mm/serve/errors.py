@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -98,6 +98,36 @@ def sentence(text: Any) -> str:
     return "".join(c for c in words if c.isprintable())[:LONGEST] or "the request can't be answered"
 
 
+def _place(error: Mapping[str, Any], body: Any) -> str:
+    """Which field is wrong. Of a field that may be one of several things pydantic also names each of these, which no client
+    knows: what isn't there in the body is such a name."""
+    kind, *parts = error["loc"]
+    if kind != "body" or not isinstance(body, Mapping):
+        return ".".join(str(part) for part in parts)[:100]
+    here: Any = body
+    found: list[str] = []
+    for number, part in enumerate(parts):
+        inside = (isinstance(here, Mapping) and part in here) or (isinstance(here, list) and isinstance(part, int))
+        if inside or (error["type"] == "missing" and number == len(parts) - 1):
+            found.append(str(part))
+            here = here[part] if inside else None
+    return ".".join(found)[:100]
+
+
+def _first(errors: Sequence[Mapping[str, Any]], body: Any) -> tuple[str, str]:
+    """The first field that is wrong, and what is wrong with it. Of one that may be several things: what is wrong with the one
+    that came closest, and all that it could be where none did."""
+    where = _place(errors[0], body)
+    same = [(_place(error, body), error) for error in errors if _place(error, body).startswith(where)]
+    meant = [(place, error) for place, error in same if not error["type"].endswith("_type")] or same
+    place = max((place for place, _ in meant), key=lambda place: place.count("."))
+    first, *others = [_wrong(error) for its, error in meant if its == place]
+    could = [text.removeprefix("should be ") for text in dict.fromkeys(others) if text.startswith("should be ")]
+    if could and first.startswith("should be "):
+        first = " or ".join([first.partition(", got ")[0], *could])
+    return place, first
+
+
 def _wrong(error: Mapping[str, Any]) -> str:
     """What a field should be, and what came instead, of what pydantic says."""
     if error["type"] == "missing":
@@ -105,7 +135,11 @@ def _wrong(error: Mapping[str, Any]) -> str:
     said, got = str(error["msg"]), error.get("input")
     if error["type"] == "string_pattern_mismatch":
         said = "should be auto, or WIDTHxHEIGHT in pixels"  # the only pattern there is is that of sizes
+    if error["type"] == "union_tag_invalid":
+        return f"should be of the type {error['ctx']['expected_tags']}, got {str(error['ctx']['tag'])[:40]!r}"
     said = re.sub("^(Input|String|Value|List) should", "should", said.removeprefix("Value error, "))
+    said = re.sub("valid dictionary or (instance|object) .*", "JSON object", said)
+    said = re.sub(" after validation, not ", ", got ", said)
     if not said.startswith("should"):
         return f"is wrong: {said}"
     if error["type"] == "string_too_long":
@@ -149,11 +183,10 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def _invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        place = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
-        where = ".".join(place)[:100]
         if first["type"] == "json_invalid":
             return response(Refusal(400, "the body is not JSON"))
-        return response(Refusal(422, f"{where or 'the body'} {_wrong(first)}", param=where or None))
+        where, wrong = _first(error.errors(), error.body)
+        return response(Refusal(422, f"{where or 'the body'} {wrong}", param=where or None))
 
     @app.exception_handler(Exception)
     async def _any(request: Request, error: Exception) -> JSONResponse:
