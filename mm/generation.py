@@ -48,7 +48,7 @@ class Request:
     free: bool = False
     """The model may open items of any non-host modality inside its text."""
     max_tokens: int = 256
-    """Positions generated at the most; items that would not fit are not opened."""
+    """Positions generated at the most, the end of the text (`eos`) one of them; items that would not fit are not opened."""
     sampling: Sampling = field(default_factory=Sampling)
     by_modality: dict[str, Sampling] = field(default_factory=dict)
     """Sampling for one modality, where it differs."""

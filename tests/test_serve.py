@@ -197,8 +197,35 @@ def test_texts_of_several_messages_are_one_document(client: Any, shelf: Shelf) -
         model="painter", messages=messages, max_tokens=9, seed=4, temperature=1.0, n=2
     )
     pipeline = alone(shelf, "painter", AnyToAnyPipeline)
-    expected = pipeline([["a\nb\nc"]] * 2, free=False, max_tokens=9, seed=4, sampling={"text": Sampling()})
+    expected = pipeline(
+        [["a\nb\nc"]] * 2, free=False, max_tokens=10, seed=4, sampling={"text": Sampling()}
+    )  # and the end
     assert [choice.message.content for choice in answer.choices] == expected.texts
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 5])
+def test_as_many_tokens_as_were_asked_for(client: Any, tokens: int) -> None:
+    """It was one less, and "stop"."""
+    answer = client.chat.completions.create(
+        model="painter", messages=see("a"), max_tokens=tokens, temperature=1.0, seed=5
+    )
+    assert answer.usage is not None and answer.usage.completion_tokens == tokens
+    assert answer.choices[0].finish_reason == "length"
+
+
+def test_a_picture_stays_where_the_text_behind_it_stops(client: Any) -> None:
+    """Streams left it out."""
+    options: Any = {"model": "painter", "messages": see("a"), "max_tokens": 40, "seed": 5, "temperature": 1.0}
+    options["modalities"] = ["image", "text"]
+    text = client.chat.completions.create(**options).choices[0].message.content[1]["text"]
+    options["stop"] = next(letter for letter in text[3:] if letter.isalnum())
+    whole = client.chat.completions.create(**options).choices[0].message.content
+    chunks = list(client.chat.completions.create(**options, stream=True))
+    deltas = [chunk.choices[0].delta for chunk in chunks if chunk.choices]
+    images = [image for delta in deltas for image in getattr(delta, "images", None) or ()]
+    parts = {part["type"]: part for part in whole}
+    assert images == [parts["image_url"]]
+    assert "".join(delta.content or "" for delta in deltas) == parts.get("text", {"text": ""})["text"]
 
 
 @pytest.mark.parametrize("stop", [None, "e", ["zzz", "\x00"]])

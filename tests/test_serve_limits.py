@@ -27,7 +27,7 @@ from mm.cli import main
 from mm.heads.lm import LMHead
 from mm.orders.delay import Delay
 from mm.pipelines.base import Pipeline
-from mm.serve import films
+from mm.serve import films, writing
 from mm.serve.command import listen, load
 from mm.serve.errors import LONGEST, sentence
 from mm.serve.gate import Settings
@@ -156,6 +156,17 @@ def test_control_characters(address: str, text: str) -> None:
         "shapes": {"prompt": text},
     }.items():
         refused(WEB.post(f"{address}/v1/{route}", json=body), 422, "control characters; leave them out")
+
+
+def test_more_pictures_than_the_model_holds(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them were decoded, and in memory at once, before that was said."""
+    seen: list[int] = []
+    real = writing.picture
+    monkeypatch.setattr(writing, "picture", lambda data: seen.append(len(data)) or real(data))
+    parts = [{"type": "image_url", "image_url": {"url": data_uri(png(9, 9))}}] * 64
+    body = {"model": "painter", "messages": [{"role": "user", "content": parts}] * 32}
+    refused(WEB.post(f"{address}/v1/chat/completions", json=body), 400, "that the model holds; send fewer")
+    assert 1 < len(seen) < 1500
 
 
 WRONG: dict[str, tuple[str, Any, int, str]] = {

@@ -193,7 +193,7 @@ def texts(pipeline: Pipeline, args: Namespace, progress: Any) -> Any:
     out = pipeline(
         [[args.prompt]] * args.num,
         free=False,
-        max_tokens=args.max_tokens,
+        max_tokens=args.max_tokens + 1,  # and the end
         sampling={pipeline.text: sampling},
         seed=args.seed,
         callback=progress,

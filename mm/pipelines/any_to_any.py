@@ -63,7 +63,7 @@ class AnyToAnyPipeline(ShapeReader):
             document: texts, pictures, sounds, clips and shapes in reading order. Strings are text; give paths as `pathlib.Path`.
             to: a modality or several, of which one item each is generated first, whatever the model would have opened.
             free: the model may open pictures, sounds and the like by itself; otherwise it writes text only (after `to`).
-            max_tokens: positions generated at the most (after `to`).
+            max_tokens: positions generated at the most (after `to`), the end of the text one of them.
             sampling: by modality, where it differs from what the checkpoint recommends.
             seed, generator, callback: as for `TextToImagePipeline`.
 

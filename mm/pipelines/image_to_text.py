@@ -100,7 +100,7 @@ class ImageToTextPipeline(Pipeline):
     ) -> list[Encoded]:
         """Tokens of `num_texts` texts for each encoded picture or clip."""
         num_texts = check_count("num_texts", num_texts, len(prompts))
-        max_tokens = check_count("max_tokens", max_tokens)
+        max_tokens = check_count("max_tokens", max_tokens) + 1  # and the end
         requests = [
             Request(prompt=prompt, max_tokens=max_tokens, sampling=sampling or Sampling(temperature=0.0))
             for prompt in prompts

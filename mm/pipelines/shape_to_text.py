@@ -117,7 +117,7 @@ class ShapeToTextPipeline(ShapeReader):
         num_texts = check_count("num_texts", num_texts, len(prompts))
         request = Request(
             prompt=[],
-            max_tokens=check_count("max_tokens", max_tokens),
+            max_tokens=check_count("max_tokens", max_tokens) + 1,  # and the end
             sampling=sampling or Sampling(temperature=0.0),
         )
         requests = [replace(request, prompt=prompt) for prompt in prompts for _ in range(num_texts)]

@@ -147,7 +147,7 @@ class SpeechToTextPipeline(Pipeline):
         seen: Counter[bytes] | None = None,
     ) -> list[Encoded]:
         """Tokens of the text of each encoded piece. `seen`: as for `run`."""
-        chosen = sampling or Sampling(temperature=0.0)
+        chosen, max_tokens = sampling or Sampling(temperature=0.0), max_tokens + 1  # and the end
         requests = [Request(prompt=prompt, max_tokens=max_tokens, sampling=chosen) for prompt in prompts]
         made = self.run(requests, seed, callback, seen=seen)
         return [segments[-1].content if segments else _joined([]) for segments in made]

@@ -110,7 +110,7 @@ class _Talk:
                 return
             if new := rows[event.row].more(event.content):
                 delta(event.row, {"content": new})
-            if all(row.stopped for row in rows):
+            if all(row.stopped for row in rows) and not writer.draws:  # a picture is told at the end
                 raise Enough
 
         for number in range(writer.count):

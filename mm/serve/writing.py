@@ -48,7 +48,9 @@ class Writer:
         self.count = asked.n or 1
         self.stops = [asked.stop] if isinstance(asked.stop, str) else list(asked.stop or ())
         self.most = asked.max_completion_tokens or asked.max_tokens or USUAL_TOKENS
-        document = parts(asked)
+        self.draws = "image" in (asked.modalities or ())
+        self.ticket, self.room = ticket, self.pipeline.model.context
+        document = parts(asked, self._encoded)
         self.prompt = self.pipeline.encode([document])[0]
         self.seen = not all(isinstance(part, str) for part in document)
         model = self.pipeline.model
@@ -59,7 +61,7 @@ class Writer:
         pipeline = self.pipeline
         wanted = self.asked.modalities or ["text"]
         items: list[Any] = []
-        if "image" in wanted:
+        if self.draws:
             grid = pipeline.model.vocabulary[pipeline.picture].max_grid
             items = [(pipeline.picture, grid if len(grid) > 1 else None)]
         words = not items or "text" in wanted or "audio" in wanted
@@ -68,7 +70,7 @@ class Writer:
             items=items,
             text=words,
             free=False,
-            max_tokens=self.most,
+            max_tokens=self.most + 1,  # and the end
             by_modality=self._sampling(bool(items)),
         )
         try:
@@ -84,6 +86,19 @@ class Writer:
             "completion_tokens": written,
             "total_tokens": self.given + written,
         }
+
+    def _encoded(self, part: Image.Image | Audio) -> Segment:
+        """One part, so that of a large picture or a long sound only what the model reads is kept. Raises `Refusal` as soon as
+        they are more than the model can hold."""
+        self.ticket.check()
+        segment = self.pipeline.encode([[part]], self.pipeline.picture if self.draws else None)[0][0]
+        self.room -= len(segment.content)
+        if self.room < 0:
+            context = self.pipeline.model.context
+            raise Refusal(
+                400, f"pictures and sounds are more than the {context:,} positions that the model holds; send fewer"
+            )
+        return segment
 
     def text_of(self, ids: Tensor) -> str:
         return str(
@@ -157,15 +172,15 @@ def overlap(text: str, stop: str) -> int:
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
 
 
-def parts(asked: ChatRequest) -> list[Any]:
-    """The document: texts (of neighbouring parts one, a line each), pictures and sounds."""
-    document: list[Any] = []
+def parts(asked: ChatRequest, encoded: Callable[[Image.Image | Audio], Segment]) -> list[str | Segment]:
+    """The document: texts (of neighbouring parts one, a line each), pictures and sounds, these as the model reads them."""
+    document: list[str | Segment] = []
 
     def say(text: str) -> None:
         if not text:
             return
-        if document and isinstance(document[-1], str):
-            document[-1] += f"\n{text}"
+        if document and isinstance(before := document[-1], str):
+            document[-1] = f"{before}\n{text}"
         else:
             document.append(text)
 
@@ -178,16 +193,16 @@ def parts(asked: ChatRequest) -> list[Any]:
             if isinstance(part, TextPart):
                 say(part.text)
             else:
-                document.append(_medium(part, where))
+                document.append(_medium(part, where, encoded))
     if not document:
         raise Refusal(400, "the messages are empty; give at least one text, picture or sound", param="messages")
     return document
 
 
-def _medium(part: Any, where: str) -> Image.Image | Audio:
+def _medium(part: Any, where: str, encoded: Callable[[Image.Image | Audio], Segment]) -> Segment:
     try:
         if isinstance(part, ImagePart):
-            return picture(data_uri(part.image_url.url, where))
-        return sound(base64_bytes(part.input_audio.data, where))
+            return encoded(picture(data_uri(part.image_url.url, where)))
+        return encoded(sound(base64_bytes(part.input_audio.data, where)))
     except ValueError as error:
         raise Refusal(400, str(error), param=where) from error
