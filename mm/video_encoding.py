@@ -24,10 +24,15 @@ if TYPE_CHECKING:
 Frames = np.ndarray[Any, np.dtype[np.uint8]]
 """uint8 [T, H, W, 3]."""
 FFMPEG = {
-    ".mp4": ("libx264", {"crf": "17", "preset": "medium"}, {"movflags": "+faststart"}),
-    ".webm": ("libvpx-vp9", {"crf": "24", "deadline": "good", "cpu-used": "4"}, {}),
+    ".mp4": (
+        "libx264",
+        {"crf": "17", "preset": "medium", "x264-params": "mbtree=0"},
+        {"movflags": "+faststart", "fflags": "+bitexact"},
+    ),
+    ".webm": ("libvpx-vp9", {"crf": "24", "deadline": "good", "cpu-used": "4"}, {"fflags": "+bitexact"}),
 }
-"""Ending → FFmpeg's encoder, its options, and those of the file."""
+"""Ending → FFmpeg's encoder, its options, and those of the file. The same frames give the same file: without `bitexact` a WebM
+has a random number, and x264's mbtree writes frames of under 128 pixels otherwise each time."""
 WRITTEN = (*FFMPEG, ".gif", ".apng", ".webp", ".png")
 """Endings that are known; .png is a contact sheet."""
 MAX_SIDE = {".mp4": 8192, ".webm": 8192, ".webp": 16_383}

@@ -49,6 +49,23 @@ def test_equal_frames_stay_apart(tmp_path: Path, ending: str, order: list[int], 
         assert to_webp(Video(frames, 8)) == (tmp_path / "x.webp").read_bytes()
 
 
+@pytest.mark.parametrize("ending", [".mp4", ".webm", ".gif", ".apng", ".webp"])
+@pytest.mark.parametrize("side", [32, 64])
+def test_the_same_frames_give_the_same_file(tmp_path: Path, ending: str, side: int) -> None:
+    """A small MP4 had other pixels each time."""
+    if ending in (".mp4", ".webm"):
+        pytest.importorskip("av")
+    noise = np.random.default_rng(0).normal(size=(17, side // 8, side // 8, 3)).cumsum(0)
+    frames = (127 + 40 * np.tanh(noise).repeat(8, 1).repeat(8, 2) + 9 * np.sin(np.arange(side))[:, None]).astype(
+        np.uint8
+    )
+    written = set()
+    for number in range(6):
+        save_video(tmp_path / f"{number}{ending}", frames, 8)
+        written.add((tmp_path / f"{number}{ending}").read_bytes())
+    assert len(written) == 1
+
+
 def test_arrays_and_lists_of_frames() -> None:
     frames = film()
     assert np.array_equal(load_video(frames).frames, frames)
