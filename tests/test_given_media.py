@@ -216,11 +216,17 @@ def test_text_of_a_model_that_learned_to_write_none(
     assert status == (2 if message else 0) and message in said
 
 
-@pytest.mark.parametrize("option", ["--steps", "--denoising-steps"])
+@pytest.mark.parametrize("option", ["steps", "denoising_steps"])
 def test_steps_of_what_has_none(here: Path, capsys: pytest.CaptureFixture[str], option: str) -> None:
     """They were ignored."""
-    assert run_mm(["generate", "red", "--model", "pictures", option, "3", "--out", "a.png"]) == 2
-    assert f"in no steps that could be counted (raster order, LMHead); leave {option} out" in capsys.readouterr().err
+    given = f"--{option.replace('_', '-')}"
+    assert run_mm(["generate", "red", "--model", "pictures", given, "3", "--out", "a.png"]) == 2
+    says = f"'image' is made in no steps that could be counted (raster order, LMHead); leave {option} out"
+    assert says in capsys.readouterr().err
+    painter: Any = TextToImagePipeline(tiny())
+    with pytest.raises(ValueError, match=f"leave {option} out"):
+        painter("red", **{option: 3})
+    assert painter("red", **{option: 0}).images, "0 is the order's own"
 
 
 def test_pipelines_refuse_what_was_not_learned() -> None:

@@ -206,6 +206,7 @@ WRONG: dict[str, tuple[str, Any, int, str]] = {
                      "voice should have at most 200 characters, got 300"),
     "a long document": ("chat/completions", {"model": "speaker", "messages": [{"role": "user", "content": "a" * 4000}]},
                         400, "shorten the prompt"),
+    "steps of what has none": ("images/generations", {"prompt": "a", "steps": 3}, 400, "made in no steps that could be counted"),
     "guided text": ("images/generations", {"prompt": "a", "guidance": 21}, 422, "guidance"),
     "a voice": ("audio/speech", {"input": "a", "voice": "/etc/passwd"}, 400, "this model knows ann"),
     "a voice of a chat": ("chat/completions", {**shown(data_uri(png(1, 1))), "modalities": ["audio"],

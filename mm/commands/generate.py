@@ -134,7 +134,6 @@ def main(argv: list[str]) -> int:
             + {"speech": f"; {SPEAKERS}", "video": f"; {FILMS}", "3d": f"; {MODELLERS}"}.get(args.to, "")
         )
     making.check_request(pipeline, args)
-    making.check_steps(pipeline, args)
     with Bar("generating", args.to) as bar:
         done: dict[int, float] = {}
 

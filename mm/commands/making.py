@@ -227,23 +227,6 @@ def check_request(pipeline: Pipeline, args: Namespace) -> None:
         abilities.check_learned(pipeline, given, made, repr(args.model))
 
 
-def check_steps(pipeline: Pipeline, args: Namespace) -> None:
-    """Raises `ValueError` for numbers of steps where nothing is done in steps."""
-    from mm.pipelines.abilities import abilities_of
-
-    medium = _made(args)
-    name = pipeline.text if medium is None else abilities_of(pipeline).modalities[medium]
-    made = pipeline.model.modalities[pipeline.model.vocabulary.index[name]]
-    denoises = hasattr(made.order, "sampler"), hasattr(made.head, "sampler")
-    for option, value, able in (
-        ("--steps", args.steps, denoises[0] or made.order.default_steps > 0),
-        ("--denoising-steps", args.denoising_steps, any(denoises)),
-    ):
-        if value is not None and not able:
-            how = f"({type(made.order).__name__.lower()} order, {type(made.head).__name__})"
-            raise ValueError(f"{args.model!r} makes {name} in no steps that could be counted {how}; leave {option} out")
-
-
 def _heard(pipeline: Pipeline, args: Namespace) -> bool:
     """Whether sounds are given. Raises `ValueError` where pictures are given too."""
     from mm.pipelines.media import CLIPS, SOUNDS

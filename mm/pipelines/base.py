@@ -166,10 +166,16 @@ class Pipeline:
 
     def sampling(self, name: str, options: Mapping[str, Any], fallback: Sampling | None = None) -> Sampling:
         """Sampling of a modality: what the call says, else what the checkpoint recommends, else `fallback`. Raises
-        `ValueError` for an unknown option."""
+        `ValueError` for an unknown option, and for numbers of steps where nothing is done in steps."""
         known = SamplingOptions.__annotations__
         if unknown := [option for option in options if option not in known]:
             raise ValueError(f"unknown option {unknown[0]!r}; options of sampling are {', '.join(known)}")
+        made = self.model.modalities[self.model.vocabulary.index[name]]
+        denoises = hasattr(made.order, "sampler"), hasattr(made.head, "sampler")
+        able = {"steps": denoises[0] or made.order.default_steps > 0, "denoising_steps": any(denoises)}
+        if odd := [option for option, can in able.items() if options.get(option) and not can]:
+            how = f"({type(made.order).__name__.lower()} order, {type(made.head).__name__})"
+            raise ValueError(f"{name!r} is made in no steps that could be counted {how}; leave {odd[0]} out")
         return replace(self.recommended.get(name, fallback or Sampling()), **options)
 
     # --- shared steps -----------------------------------------------------------------------------------------------
