@@ -82,6 +82,11 @@ def _run(arguments: list[str]) -> int:
             raise
         print(f"mm {name}: interrupted", file=sys.stderr)
         return 130
+    except SystemExit as error:
+        if type(error).__name__ != "SIGTERMException":  # Lightning's, which says that all went well
+            raise
+        print(f"mm {name}: ended by SIGTERM", file=sys.stderr)
+        return 143
 
 
 def _is_read(text: str = "") -> bool:

@@ -28,6 +28,7 @@ from mm.pipelines.speech_to_text import SpeechToTextPipeline
 from mm.pipelines.text_to_image import TextToImagePipeline
 from mm.pipelines.text_to_speech import TextToSpeechPipeline
 from mm.serve.desk import Ticket
+from mm.serve.files import natural_size
 from mm.serve.running import running
 from mm.serve.shelf import Shelf
 from mm.serve.writing import SoFar
@@ -314,6 +315,18 @@ def test_videos(client: Any) -> None:
         assert client.videos.delete(made.id).deleted
         with pytest.raises(Exception, match="there is no video"):
             client.videos.retrieve(made.id)
+
+
+def test_sizes_are_refused_before_the_work(address: str, shelf: Shelf) -> None:
+    for name, size in (("painter", (4, 4)), ("filmer", (16, 16))):
+        pipeline = shelf.models[name].pipeline
+        assert natural_size(pipeline, "image") == size
+    answer = WEB.post(f"{address}/v1/videos", data={"model": "filmer", "prompt": "a", "size": "9x9"})
+    assert answer.status_code == 400 and "whole multiple" in answer.json()["error"]["message"]
+    assert WEB.get(f"{address}/v1/videos").json()["data"] == []
+    asked = {"model": "painter", "prompt": "a", "size": "9x8", "n": 16, "stream": True}
+    answer = WEB.post(f"{address}/v1/images/generations", json=asked)
+    assert answer.status_code == 400 and "these proportions" in answer.json()["error"]["message"]
 
 
 def test_models(client: Any) -> None:

@@ -19,14 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from mm.audio import Audio
 from mm.cli import main
 from mm.heads.lm import LMHead
 from mm.orders.delay import Delay
 from mm.pipelines.base import Pipeline
+from mm.pipelines.text_to_speech import TextToSpeechPipeline
 from mm.serve import films, writing
 from mm.serve.command import listen, load
 from mm.serve.errors import LONGEST, sentence
@@ -303,13 +306,30 @@ def test_a_client_that_leaves_frees_its_row(server: tuple[str, Place]) -> None:
         until(lambda: batcher.running == 0 and place.gate.inside == 0)
 
 
-def test_what_takes_too_long() -> None:
+def hesitating(*args: Any, **options: Any) -> Iterator[Audio]:
+    yield Audio(np.zeros(100, np.float32), 100)
+    time.sleep(1.0)
+    yield Audio(np.zeros(100, np.float32), 100)
+
+
+def test_what_takes_too_long(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     with running(models(), Settings(seconds=0.6)) as (address, place):
         error = refused(WEB.post(f"{address}/v1/chat/completions", json=endless()), 504, "longer than 0.6 s")
         assert error["type"] == "timeout_error"
         streamed = WEB.post(f"{address}/v1/chat/completions", json={**endless(), "stream": True}).text
         last = json.loads(streamed.strip().splitlines()[-1].removeprefix("data: "))
         assert "longer than 0.6 s" in last["error"]["message"] and "[DONE]" not in streamed
+
+        asked = {"model": "speaker", "input": "a " * 2000, "voice": "ann", "response_format": "wav"}
+        monkeypatch.setattr(TextToSpeechPipeline, "stream", hesitating)
+        with (
+            pytest.raises(httpx.RemoteProtocolError),
+            WEB.stream("POST", f"{address}/v1/audio/speech", json=asked) as begun,
+        ):
+            assert begun.status_code == 200
+            begun.read()
+        said = [record.getMessage() for record in caplog.records if record.exc_info]
+        assert "was broken off: the answer took longer than 0.6 s" in caplog.text and not said
 
         def slow() -> Iterator[bytes]:
             yield b'{"prompt": '
@@ -463,6 +483,16 @@ def test_videos_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     late = kept.start(films.Film("m", "a", Ticket(0)), lambda film: None)
     until(lambda: late.status == "failed")
     assert late.error is not None and "longer than 5 s" in late.error.message
+    ended = threading.Event()
+
+    def endless_work(film: films.Film) -> None:
+        while True:
+            film.ticket.check()
+            time.sleep(0.01)
+
+    given_up = kept.start(films.Film("m", "a", Ticket(60, ended.is_set)), endless_work)
+    ended.set()  # the server ends, and nobody can fetch it any more
+    until(lambda: given_up.status == "failed")
     assert films.scale_of("64x32", 32, 16) == 2 and films.scale_of(None, 3, 3) == 1
     for size in ("64x64", "16x8", "4096x2048"):
         with pytest.raises(Refusal, match="whole multiple"):

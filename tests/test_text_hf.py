@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from mm import plugins
+from mm.hf_checks import check_parts
 from mm.interfaces import Encoded
 
 TextHF = plugins.load("tokenizers", "text_hf")
@@ -138,6 +140,40 @@ def test_damaged_file(tmp_path: Path, text: str) -> None:
     (tmp_path / "tokenizer.json").write_text(text)
     with pytest.raises(ValueError, match="is damaged or not a Hugging Face tokenizer"):
         TextHF(str(tmp_path))
+
+
+GROWS = [{"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 64}] * 5
+ODD = {
+    "an empty map": ("normalizer", {"type": "Precompiled", "precompiled_charsmap": ""}),
+    "a map of an endless table": ("normalizer", {"type": "Precompiled", "precompiled_charsmap": "////f0FBQUFBQUE="}),
+    "growth": ("normalizer", {"type": "Sequence", "normalizers": GROWS}),
+    "nothing replaced": ("normalizer", {"type": "Replace", "pattern": {"String": ""}, "content": "a"}),
+    "pieces of no length": ("pre_tokenizer", {"type": "FixedLength", "length": 0}),
+    "a strip without end": ("decoder", {"type": "Strip", "content": "a", "start": 1 << 40, "stop": 1}),
+    "no id for what is unknown": ("model", {"type": "WordPiece", "unk_token": "?", "continuing_subword_prefix": "##",
+                                            "max_input_chars_per_word": 9, "vocab": {"a": 0}}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_parts_that_the_library_panics_of(tmp_path: Path, name: str) -> None:
+    """Its panics are no `Exception`, and some end the process."""
+    TextHF.tiny().save(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer.json").read_text())
+    part, settings[ODD[name][0]] = ODD[name]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="is damaged or not a Hugging|the text tokenizer can't") as raised:
+        made = TextHF(str(tmp_path))
+        made.decode(made.encode("aaa b"))
+    assert len(str(raised.value)) < 500
+
+
+def test_parts_of_other_peoples_tokenizers_are_taken() -> None:
+    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    words = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": "▁"}
+    table = base64.b64encode(b"\x08\0\0\0" + bytes(8) + "ſt\0ﷺ".encode()).decode()
+    chars = {"type": "Precompiled", "precompiled_charsmap": table}
+    check_parts({"normalizer": {"type": "Sequence", "normalizers": [chars, spaces, words]}, "decoder": spaces})
 
 
 def test_a_vocabulary_of_impossible_size(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mm import safe_io, saved
+from mm.hf_checks import check_parts, library
 from mm.interfaces import Decoded, Encoded, ModalityTokenizer, Spec
 
 if TYPE_CHECKING:
@@ -155,10 +156,12 @@ class _Fast(_Backend):
         self.tokenizer.encode_special_tokens = True  # pickling a tokenizer forgets this
 
     def encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        with library("the text tokenizer can't encode this"):
+            return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=False)
+        with library("the text tokenizer can't decode this"):
+            return self.tokenizer.decode(ids, skip_special_tokens=False)
 
     def save(self, folder: Path) -> str:
         self.tokenizer.save(str(folder / FILE))
@@ -273,10 +276,10 @@ def _open(source: str, asked: str) -> _Backend:
     file = Path(source) / FILE
     if file.is_file():
         data = safe_io.read_bytes(safe_io.inside(source, FILE), max_bytes=MAX_FILE)
-        try:
-            return _Fast(Tokenizer.from_str(data.decode("utf-8")))
-        except Exception as error:  # the library raises plain Exception
-            raise ValueError(f"{str(file)!r} is damaged or not a Hugging Face tokenizer: {error}") from error
+        with library(f"{str(file)!r} is damaged or not a Hugging Face tokenizer"):
+            text = data.decode("utf-8")
+            check_parts(json.loads(text))
+            return _Fast(Tokenizer.from_str(text))
     from transformers import AutoTokenizer
 
     try:

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from mm.batching import Dropped
-from mm.serve.errors import Refusal, refusal
+from mm.serve.errors import Broken, Refusal, refusal, sentence
 
 T = TypeVar("T")
 Tell = Callable[[bytes], None]
@@ -21,14 +21,14 @@ Failed = Callable[[Refusal], bytes]
 
 
 class Ticket:
-    """Of one piece of work: until when somebody waits for it."""
+    """Of one piece of work: until when somebody waits for it. `ended`: whether nobody ever will any more."""
 
-    def __init__(self, seconds: float) -> None:
-        self.deadline = time.monotonic() + seconds
+    def __init__(self, seconds: float, ended: Callable[[], bool] = lambda: False) -> None:
+        self.deadline, self._ended = time.monotonic() + seconds, ended
         self._left = threading.Event()
 
     def gone(self) -> bool:
-        return self._left.is_set() or self.expired
+        return self._left.is_set() or self.expired or self._ended()
 
     def leave(self) -> None:
         """Nobody waits any more."""
@@ -87,7 +87,7 @@ class Desk:
                 while news is not None:
                     if isinstance(news, BaseException):
                         if failed is None:
-                            raise refusal(news)
+                            raise Broken(sentence(refusal(news).detail))
                         yield failed(refusal(news))
                         return
                     yield news

@@ -72,11 +72,15 @@ class Refusal(HTTPException):
         self.param, self.code = param, code
 
 
+class Broken(Exception):
+    """An answer ended that was under way, so that nothing can be said but by breaking the connection."""
+
+
 def refusal(error: BaseException) -> Refusal:
     """What a client is told about something that was raised. What isn't the client's to mend goes to the log."""
     if isinstance(error, Refusal):
         return error
-    if isinstance(error, ValueError):  # what our own code says about what it was given
+    if isinstance(error, ValueError | Broken):  # what our own code says about what it was given
         return Refusal(400, str(error))
     log.error("a request failed", exc_info=error)
     return Refusal(500, "the server made a mistake; it has been written to its log")

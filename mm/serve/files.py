@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from mm.audio import Audio, load_audio, resample
 from mm.media import load_image
@@ -18,6 +19,8 @@ from mm.serve.errors import Refusal
 
 if TYPE_CHECKING:
     from PIL import Image
+
+    from mm.pipelines.base import Pipeline
 
 MAX_PIXELS = 1 << 24
 """Largest width × height of a picture that is sent (4096 × 4096)."""
@@ -83,6 +86,18 @@ def picture_bytes(image: Image.Image, form: str) -> bytes:
     else:
         image.save(file, form.upper(), lossless=True)
     return file.getvalue()
+
+
+def natural_size(pipeline: Pipeline, name: str) -> tuple[int, int]:
+    """Width and height of the pictures or frames that a modality makes, by one of nothing but zeros."""
+    spec = pipeline.tokenizer(name).spec
+    if spec.pixels:
+        return spec.pixels[1], spec.pixels[0]
+    grid = (1, *spec.max_grid[1:]) if spec.fps else spec.max_grid
+    shape = {"discrete": (), "codes": (spec.num_codes,), "continuous": (spec.dim,)}[spec.kind]
+    content = torch.zeros(spec.count(grid), *shape, dtype=torch.float32 if spec.kind == "continuous" else torch.int64)
+    made = pipeline.decode_items(name, [spec.item(content, grid)])[0]
+    return made.size if hasattr(made, "size") else made.frames.shape[2:0:-1]
 
 
 def picture_size(size: str | None, natural: tuple[int, int]) -> tuple[int, int]:

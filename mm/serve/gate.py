@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mm.serve.errors import Refusal, response
+from mm.serve.errors import Broken, Refusal, log, response
 from mm.serve.metrics import Metrics
 from mm.serve.shelf import Shelf
 
@@ -77,6 +77,10 @@ class Gate:
         self.inside += takes
         try:
             await app(scope, self._bounded(receive), counted)
+        except Broken as error:
+            log.warning(
+                "an answer of %s was broken off: %s", scope["path"], error
+            )  # uvicorn closes what isn't complete
         finally:
             self.inside -= takes
             self._count(scope, status, start)

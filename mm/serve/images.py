@@ -12,7 +12,7 @@ from mm.pipelines.outputs import ImageOutput
 from mm.pipelines.text_to_image import TextToImagePipeline
 from mm.serve.desk import Tell, Ticket
 from mm.serve.errors import RESPONSES
-from mm.serve.files import base64_text, picture_bytes, picture_size, resized
+from mm.serve.files import base64_text, natural_size, picture_bytes, picture_size, resized
 from mm.serve.place import STREAM, Place, broken, sent, streamed
 from mm.serve.schemas import ImageRequest, Images
 
@@ -43,6 +43,8 @@ def routes(place: Place) -> APIRouter:
 
 
 def _drawn(painter: TextToImagePipeline, asked: ImageRequest, callback: Any = None) -> ImageOutput:
+    if asked.size not in (None, "auto"):
+        picture_size(asked.size, natural_size(painter, painter.picture))  # refused before the work
     return painter(asked.prompt, num_images=asked.n, seed=asked.seed, callback=callback, **asked.sampling())
 
 

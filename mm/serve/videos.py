@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, File, Form, Path, Response, UploadFile
+from fastapi import APIRouter, File, Form, Path, Request, Response, UploadFile
 
 from mm.pipelines.text_to_video import TextToVideoPipeline
 from mm.serve.desk import Ticket
 from mm.serve.errors import RESPONSES, Refusal
-from mm.serve.files import picture
-from mm.serve.films import Film, Films, frames_of
+from mm.serve.files import natural_size, picture
+from mm.serve.films import Film, Films, frames_of, scale_of
 from mm.serve.place import Place, streamed
 from mm.serve.schemas import Deleted, Seed, Size, Temperature, Text, Video, Videos
 
@@ -22,6 +22,7 @@ def routes(place: Place, films: Films) -> APIRouter:
 
     @router.post("/v1/videos", response_model=Video)
     async def film(
+        request: Request,
         prompt: Annotated[Text, Form()],
         model: Annotated[str | None, Form(max_length=200)] = None,
         seconds: Annotated[float | None, Form(gt=0, le=60, allow_inf_nan=False)] = None,
@@ -34,7 +35,14 @@ def routes(place: Place, films: Films) -> APIRouter:
         served = place.shelf.choose("video", model or None)
         first = None if input_reference is None else await input_reference.read()
         options: Any = {} if temperature is None else {"temperature": temperature}
-        ticket = Ticket(place.settings.seconds)
+        ticket = Ticket(place.settings.seconds, lambda: place.gate.draining)  # nobody can fetch it from then on
+
+        def check(ticket: Ticket) -> None:
+            filmer = served.open(TextToVideoPipeline, ticket)
+            scale_of(size, *natural_size(filmer, filmer.video))
+
+        if size not in (None, "auto"):
+            await place.desk.run(request, check)
 
         def work(made: Film) -> None:
             filmer = served.open(TextToVideoPipeline, ticket)
