@@ -5,6 +5,7 @@ Letters in shapes: T frames, H rows, W columns.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import re
@@ -28,6 +29,7 @@ __all__ = [
     "VideoSource",
     "has_av",
     "load_video",
+    "moves",
     "resample_frames",
     "save_video",
     "square",
@@ -91,6 +93,16 @@ VideoSource = str | os.PathLike[str] | bytes | IO[bytes] | Video | np.ndarray[An
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
+
+
+def moves(path: str | os.PathLike[str]) -> bool:
+    """Whether a file of an animation (GIF, APNG, WebP) has a second frame; not for what can't be read: who loads it says why."""
+    limits = Limits(1, MAX_PIXELS, MAX_TOTAL, MAX_BYTES, fps=1.0)
+    try:
+        with video_files.opened(path, source_name(path), limits) as clip:
+            return len(list(itertools.islice(clip.frames, 2))) > 1
+    except ValueError:
+        return False
 
 
 def load_video(

@@ -241,6 +241,27 @@ def test_pipelines_refuse_what_was_not_learned() -> None:
         reader([clip(3), red], max_tokens=2)
 
 
+def test_an_animation_is_a_clip_if_it_moves(here: Path) -> None:
+    """Its first frame was taken for a picture."""
+    reader = AnyToAnyPipeline(both())
+    for ending in (".gif", ".webp", ".apng"):
+        save_video(here / f"moving{ending}", clip(3), 8)
+        save_video(here / f"still{ending}", clip(1), 8)
+        assert reader.medium(here / f"moving{ending}") == "video"
+        assert reader.medium(here / f"still{ending}") == "picture"
+    (here / "broken.gif").write_bytes(b"GIF89a")
+    assert reader.medium(here / "broken.gif") == "picture", "who loads it says what is wrong with it"
+    assert AnyToAnyPipeline(tiny()).medium(here / "moving.gif") == "picture"
+    reader.model.directions = frozenset({("image", "text"), ("text", "film")})
+    with pytest.raises(ValueError, match="no text of clips; it makes text of pictures"):
+        ImageToTextPipeline(reader.model)(here / "moving.gif")
+
+
+def test_space_around_a_prompt_is_none_of_it() -> None:
+    painter = TextToImagePipeline(tiny())
+    assert painter(" red \n", seed=0).tokens[0].ids.tolist() == painter("red", seed=0).tokens[0].ids.tolist()
+
+
 # --- folders of pictures ----------------------------------------------------------------------------------------------
 
 

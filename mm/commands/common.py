@@ -7,17 +7,28 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from mm.model import MultimodalModel
 
 
 def parser(command: str, description: str) -> argparse.ArgumentParser:
-    """An argument parser that shows defaults."""
-    return argparse.ArgumentParser(
-        prog=f"mm {command}", description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    """An argument parser that shows defaults, where there are any."""
+    return _Parser(prog=f"mm {command}", description=description, formatter_class=_Help)
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        none = action.default is None or action.default is False or action.default in ("", [])
+        return action.help if none or "default" in (action.help or "") else super()._get_help_string(action)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        if message.endswith(("expected one argument", "expected at least one argument")):
+            message += " (the name of a file that begins with a dash is written as ./-name)"
+        super().error(message)
 
 
 def choose_threads(model: MultimodalModel, wanted: int | None = None) -> None:

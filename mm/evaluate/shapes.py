@@ -21,6 +21,7 @@ from mm.data.shapes import Plan, ShapesSource
 from mm.evaluate.networks import Say
 from mm.evaluate.protocol import Protocol
 from mm.evaluate.results import Figure, mean, share
+from mm.evaluate.shape_geometry import counted
 from mm.evaluate.shape_judge import KIND, ShapeJudge, agreement, kind_said, shape_judge
 from mm.evaluate.subject import Tested
 from mm.evaluate.tokenizer import count_codes, usage_and_perplexity
@@ -171,11 +172,12 @@ def ask(source: ShapesSource, count: int, size: int) -> Asked:
 def judged(
     judge: ShapeJudge, grids: Sequence[Bool[np.ndarray, "N N N"]], asked: Asked, prefix: str, *, control: bool = False
 ) -> list[Figure]:
-    """Whether the judge sees in shapes what their captions say."""
+    """Whether the judge sees in shapes what their captions say, and what can be counted."""
     found = agreement(judge.tell(grids), asked.plans)
     counts = {name: [sum(hits), len(hits)] for name, hits in found.items()}
     figures = [share(FAMILY, f"{prefix}{name}", found[name], control=control) for name in ATTRIBUTES if name in found]
-    return [*figures, share(FAMILY, f"{prefix}all of it", found["all of it"], control=control, detail=counts)]
+    figures.append(share(FAMILY, f"{prefix}all of it", found["all of it"], control=control, detail=counts))
+    return figures + counted(FAMILY, prefix, grids, asked.plans, control=control)
 
 
 def generated_figures(

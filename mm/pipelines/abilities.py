@@ -99,7 +99,8 @@ def check_learned(pipeline: Pipeline, given: Kind, made: Kind, name: str = "this
     able = abilities_of(pipeline)
     if (given, made) in able.follows or not {given, made} <= {"text", *able.modalities}:
         return
-    if given == made and not (pipeline.model.directions and pipeline.alike(given) > 1):
+    alike = [one for one in pipeline.model.modalities[1:] if medium_of(one.tokenizer.spec) == given]
+    if given == made and not (pipeline.model.directions and len(alike) > 1):
         return
     sources = [WORDS[kind] for kind in WORDS if (kind, made) in able.follows]
     results = [WORDS[kind] for kind in WORDS if (given, kind) in able.follows]

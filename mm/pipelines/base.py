@@ -26,7 +26,7 @@ from mm.layout import NULL, Segment
 from mm.media import load_image
 from mm.model import MultimodalModel
 from mm.pipelines.media import ANIMATED, CLIPS, FILMS, MODELLERS, SPEAKERS, Medium, longest, medium_of, most_frames
-from mm.video import Video, VideoSource, load_video
+from mm.video import Video, VideoSource, load_video, moves
 
 P = TypeVar("P", bound="Pipeline")
 Callback = Callable[[Event], None]
@@ -151,10 +151,6 @@ class Pipeline:
             medium for modality in self.model.modalities[1:] if (medium := medium_of(modality.tokenizer.spec))
         )
 
-    def alike(self, kind: str) -> int:
-        """How many modalities of a medium the model has."""
-        return sum(medium_of(modality.tokenizer.spec) == kind for modality in self.model.modalities[1:])
-
     def _first(self, medium: Medium, otherwise: str) -> str:
         for modality in self.model.modalities[1:]:
             if medium_of(modality.tokenizer.spec) == medium:
@@ -193,7 +189,8 @@ class Pipeline:
         for prompt in prompts:
             if isinstance(prompt, str) and not prompt.strip():
                 raise ValueError(f"the prompt is empty; say what the {what} shows (None stands for any {what})")
-            documents.append([Segment(NULL, None, loss=False) if prompt is None else self.encode_text(prompt)])
+            said = prompt.strip() if isinstance(prompt, str) else prompt  # a space at the end makes another last word
+            documents.append([Segment(NULL, None, loss=False) if said is None else self.encode_text(said)])
         return documents
 
     def encode_pictures(self, pictures: Sequence[Picture]) -> list[Segment]:
@@ -259,7 +256,7 @@ class Pipeline:
         return [Segment(name, item, loss=False) for item in encoded]
 
     def is_clip(self, source: Any) -> bool:
-        """Whether something seen is to be taken for a clip, not for a picture. An animation is a picture for a model of both."""
+        """Whether something seen is to be taken for a clip, not for a picture. A file of an animation is a clip if it moves."""
         if isinstance(source, Image.Image):
             return False
         if isinstance(source, np.ndarray):  # grey frames have another extent where a picture has its colours
@@ -267,7 +264,8 @@ class Pipeline:
         if isinstance(source, Video):
             return True
         if {"picture", "video"} <= self.media and isinstance(source, str | os.PathLike):
-            return Path(source).suffix.lower() in CLIPS - ANIMATED or os.path.isdir(source)
+            ending = Path(source).suffix.lower()
+            return ending in CLIPS - ANIMATED or os.path.isdir(source) or (ending in ANIMATED and moves(source))
         return "video" in self.media and "picture" not in self.media
 
     def load_video(self, source: VideoSource) -> Video:

@@ -6,7 +6,7 @@ from typing import Any
 
 from fastapi import APIRouter, FastAPI, Path, Request
 from fastapi.openapi.utils import get_openapi
-from starlette.responses import Response
+from starlette.responses import HTMLResponse, Response
 from starlette.types import ASGIApp
 
 from mm import __version__
@@ -15,6 +15,7 @@ from mm.serve.desk import Desk
 from mm.serve.errors import RESPONSES
 from mm.serve.films import UNFINISHED, Films
 from mm.serve.gate import OPEN, Gate, Settings
+from mm.serve.page import page
 from mm.serve.place import Place, streamed
 from mm.serve.schemas import Health, Model, Models
 from mm.serve.shelf import TASKS, Served, Shelf
@@ -28,7 +29,7 @@ def create(shelf: Shelf, settings: Settings | None = None) -> tuple[ASGIApp, Pla
     gate = Gate(settings, shelf)
     place = Place(shelf, Desk(settings.places + UNFINISHED, settings.seconds), gate, settings)
 
-    app = FastAPI(title="mm", version=__version__, summary=SUMMARY, redoc_url=None)
+    app = FastAPI(title="mm", version=__version__, summary=SUMMARY, docs_url=None, redoc_url=None)
     errors.install(app)
     for router in (
         about(place),
@@ -40,6 +41,7 @@ def create(shelf: Shelf, settings: Settings | None = None) -> tuple[ASGIApp, Pla
     ):
         app.include_router(router)
     app.openapi = lambda: _described(app, settings)  # type: ignore[method-assign]
+    app.add_api_route("/docs", lambda: HTMLResponse(page(app.openapi())), include_in_schema=False)
     return gate.around(app), place
 
 
