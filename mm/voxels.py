@@ -256,3 +256,10 @@ def iou(a: Bool[np.ndarray, "N N N"], b: Bool[np.ndarray, "N N N"]) -> float:
     """Cells in both over cells in either; 1 for two empty grids."""
     either = np.count_nonzero(a | b)
     return np.count_nonzero(a & b) / either if either else 1.0
+
+
+def pieces(occupied: Bool[np.ndarray, "N N N"]) -> int:
+    """Parts that touch nowhere, not even at a corner."""
+    from scipy.ndimage import label
+
+    return int(label(occupied, structure=np.ones((3, 3, 3)))[1])

@@ -322,10 +322,14 @@ def _write_videos(output: VideoOutput, args: Namespace) -> int:
 
 def _write_meshes(output: MeshOutput, args: Namespace) -> int:
     from mm.pipelines.outputs import save_picture
+    from mm.voxels import pieces
 
     places = output.save(args.out or unused(slug(args.prompt, "shape") + ".glb"))
-    for file, mesh, valid, reason in zip(places, output.meshes, output.valid, output.reasons, strict=True):
+    results = zip(places, output.meshes, output.grids, output.valid, output.reasons, strict=True)
+    for file, mesh, grid, valid, reason in results:
         closed = "closed" if len(mesh.faces) and mesh.is_watertight else "open"
+        if (count := pieces(grid)) > 1:
+            closed += f", in {count} pieces"
         print(f"wrote {file} ({len(mesh.faces):,} faces, {closed})" if valid else f"wrote {file}; {reason}")
     if len(places) > 1:
         sheet = places[0].with_name(f"{places[0].stem.rpartition('-')[0]}-sheet.png")

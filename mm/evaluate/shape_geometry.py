@@ -10,17 +10,11 @@ from jaxtyping import Bool
 
 from mm.data.shapes import Plan
 from mm.evaluate.results import Figure, share
+from mm.voxels import pieces
 
 LEVELS = (0.12, 0.2, 0.28)
 """Of the height, from below: where a table, a stool or a chair is nothing but legs."""
 Grid = Bool[np.ndarray, "N N N"]
-
-
-def pieces(grid: Grid) -> int:
-    """Parts that touch nowhere, not even at a corner."""
-    from scipy.ndimage import label
-
-    return int(label(grid, structure=np.ones((3, 3, 3)))[1])
 
 
 def legs(grid: Grid) -> list[int]:

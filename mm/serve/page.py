@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from html import escape
 from typing import Any
@@ -10,7 +11,7 @@ STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; background: #fff }
 h2 { margin: 2.5rem 0 .25rem; font-size: 1.1rem; overflow-wrap: anywhere } code { font-size: .95em }
 table { border-collapse: collapse; width: 100% } td, th { text-align: left; vertical-align: top; padding: .2rem .8rem .2rem 0;
-border-bottom: 1px solid #ddd; overflow-wrap: anywhere } th { font-weight: 600 } .of { color: #555 }
+border-bottom: 1px solid #ddd } td:last-child { overflow-wrap: anywhere; width: 100% } th { font-weight: 600 } .of { color: #555 }
 @media (prefers-color-scheme: dark) { body { color: #ddd; background: #181818 } .of { color: #aaa } td, th { border-color: #444 }
 }
 """
@@ -31,7 +32,7 @@ def page(described: Mapping[str, Any]) -> str:
 
 
 def _operation(described: Mapping[str, Any], method: str, path: str, operation: Mapping[str, Any]) -> Iterator[str]:
-    yield f"<h2><code>{method.upper()} {escape(path)}</code></h2><p>{escape(operation.get('description', ''))}</p>"
+    yield f"<h2><code>{method.upper()} {escape(path)}</code></h2><p>{_marked(operation.get('description', ''))}</p>"
     rows = [
         (one["name"], one["in"], one.get("schema", {}), one.get("required", False), one.get("description", ""))
         for one in operation.get("parameters", ())
@@ -47,13 +48,18 @@ def _operation(described: Mapping[str, Any], method: str, path: str, operation: 
         yield "<table><tr><th>field<th>in<th>what"
         for name, where, schema, needed, about in rows:
             said = f"{_kind(described, schema)}{'' if needed else ', optional'}"
-            yield f"<tr><td><code>{escape(name)}</code><td>{where}<td><span class=of>{escape(said)}</span> {escape(about)}"
+            yield f"<tr><td><code>{escape(name)}</code><td>{where}<td><span class=of>{escape(said)}.</span> {_marked(about)}"
         yield "</table>"
     answers = ", ".join(
         f"{status} ({', '.join(answer.get('content', {})) or 'nothing'})" if status == "200" else status
         for status, answer in operation["responses"].items()
     )
     yield f"<p class=of>Answers: {escape(answers)}</p>"
+
+
+def _marked(text: str) -> str:
+    """With what stands between backticks as code."""
+    return re.sub("`([^`]*)`", r"<code>\1</code>", escape(text))
 
 
 def _found(described: Mapping[str, Any], schema: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -74,7 +80,7 @@ def _kind(described: Mapping[str, Any], schema: Mapping[str, Any], depth: int = 
         inner = schema.get("properties", {}) if depth < 3 else {}
         return "{" + ", ".join(f"{name}: {_kind(described, one, depth + 1)}" for name, one in inner.items()) + "}"
     bounds = [
-        f"{word} {schema[name]:,}"
+        f"{word} {schema[name] if schema[name] % 1 else int(schema[name]):,}"
         for name, word in (
             ("minimum", "from"), ("exclusiveMinimum", "above"), ("maximum", "to"), ("minLength", "from"), ("maxLength", "up to"),
         )
