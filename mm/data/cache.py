@@ -24,9 +24,12 @@ from torch import Tensor
 from mm import safe_io
 from mm.data.example import BrokenExample, Example, Lazy, Source, digest, warn_skipped
 from mm.interfaces import Encoded, ModalityTokenizer, Spec
+from mm.runtime import release_memory
 
 FORMAT = 1
 MISSING = -1
+RELEASED = 4
+"""Batches after which memory is given back."""
 
 
 class TokenCache:
@@ -154,6 +157,8 @@ def build_cache(
                 broken.append(_skipped(error, source.strict))
         for place, encoded in zip(places, _encode(tokenizer, raws, broken, source.strict), strict=True):
             items[place] = encoded
+        if start // batch_size % RELEASED == RELEASED - 1:
+            release_memory()
         if progress is not None:
             progress(len(items), len(whole))
     if broken:
