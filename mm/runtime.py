@@ -39,8 +39,8 @@ def tune_cpu() -> None:
 
 
 def release_memory() -> None:
-    """Give the kernel back what `tune_cpu` keeps. Where results are kept between large tensors, freed room is cut into pieces that the
-    next large ones don't fit into: encoding 5,000 clips by a frame at a time took 22 GB, and so takes one."""
+    """Give the kernel back what `tune_cpu` keeps. Where results are kept between large tensors, freed room is cut into pieces
+    that the next large ones don't fit into: encoding 5,000 clips frame by frame took 22 GB, and so takes one."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):  # another C library
             ctypes.CDLL("libc.so.6").malloc_trim(0)
