@@ -37,7 +37,7 @@ demo: $(STAMPS)/run ## pictures, speech, a video and a 3D shape for prompts, and
 	$(BIN)/mm generate "three five one seven" --to speech --voice slt --seed 0 --out $(OUT)/three-five-one-seven.wav
 	$(BIN)/mm generate --to text --from $(OUT)/three-five-one-seven.wav --seed 0 --out $(OUT)/heard.txt
 	$(BIN)/mm generate "a handwritten seven moves right" --to video --seed 0 --out $(OUT)/seven-moves.gif
-	$(BIN)/mm generate "a tall table with three legs and a round top" --to 3d --seed 0 --out $(OUT)/table.glb
+	$(BIN)/mm generate "a tall table with four legs and a square top" --to 3d --seed 0 --out $(OUT)/table.glb
 	$(BIN)/mm generate --to text --from $(OUT)/table.glb --seed 0 --out $(OUT)/table.txt
 	@printf 'Everything is in $(OUT)/. In words, the first mushroom: %s; the sound: %s; the table: %s\n' \
 		"$$(cat $(OUT)/mushroom.txt)" "$$(cat $(OUT)/heard.txt)" "$$(cat $(OUT)/table.txt)"

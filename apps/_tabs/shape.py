@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from mm.apps._tabs.shelf import Shelf
     from mm.generation import Event
 
-EXAMPLES = ("a tall table with three legs and a round top", "a short chair with armrests", "a tall mug with one handle")
+EXAMPLES = ("a tall table with four legs and a square top", "a short chair with armrests", "a tall mug with one handle")
 CAMERA = (35, 70, None)
 
 

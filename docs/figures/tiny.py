@@ -27,7 +27,7 @@ SAID = [("three five one seven", "slt"), ("turn on the light", "rms"), ("seven",
 CLIPS = ["a handwritten seven moves right", "a handwritten three moves up, then left"]
 FRAMES = 5
 SHAPES = [
-    "a tall table with three legs and a round top",
+    "a tall table with four legs and a square top",
     "a tall chair with armrests",
     "a tall mug with one handle",
     "a cone on top of a box",
