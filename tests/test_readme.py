@@ -44,7 +44,7 @@ def test_it_runs(tmp_path: Path) -> None:
         assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
     assert (tmp_path / "mushrooms.png").stat().st_size > 0
     assert (tmp_path / "heart.png").stat().st_size > 0
-    made = {"said.wav", "said-01.wav", "said-02.wav", "seven.gif", "three.gif", "mug.glb", "chair.glb"}
+    made = {"said.wav", "said-01.wav", "said-02.wav", "seven.gif", "moves.gif", "mug.glb", "chair.glb"}
     assert made <= {path.name for path in tmp_path.iterdir()}
 
 
