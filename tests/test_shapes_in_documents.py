@@ -88,8 +88,8 @@ def test_meshes_come_out(pipeline: AnyToAnyPipeline, tmp_path: Path) -> None:
     out = pipeline(document, to=["solid", "image"], free=False, max_tokens=4, seed=3)
     assert isinstance(out.documents[0][0], Shape) and isinstance(out.documents[0][1], Image.Image)
     assert len(out.meshes) == 1 and out.meshes[0].is_watertight == bool(len(out.meshes[0].faces))
-    once = pipeline(["a ball "], to="solid", free=False, max_tokens=1, seed=3)
-    alone = TextTo3DPipeline(pipeline.model)("a ball ", seed=3)
+    once = pipeline(["a ball"], to="solid", free=False, max_tokens=1, seed=3)
+    alone = TextTo3DPipeline(pipeline.model)("a ball", seed=3)
     assert np.array_equal(once.documents[0][0].occupancy, alone.grids[0])
     shape = pipeline.tokenizer("solid").decode(pipeline.tokenizer("solid").encode(ball())).value
     places = AnyOutput([["a", shape]], 0).save(tmp_path / "out")
