@@ -45,11 +45,43 @@ def shape(panel: Any, page: Any) -> None:
     panel.get_by_text("faces, made in").wait_for()
 
 
+def chat(panel: Any, page: Any) -> None:
+    field = panel.get_by_placeholder("blue heart, noto")
+    for text, answer, what in (
+        ("mushroom, twemoji", "a picture", "img"),
+        ("three five one", "speech", "audio"),
+    ):
+        panel.get_by_label("Answer with").click()
+        page.get_by_role("option", name=answer).click()
+        field.fill(text)
+        field.press("Enter")
+        panel.locator(f":is(.bot, .bot-row) :is({what})").last.wait_for(state="attached")
+        time.sleep(4)
+    page.evaluate("document.querySelectorAll('.bubble-wrap').forEach(one => one.scrollTop = 60)")
+
+
+def compare(panel: Any, page: Any) -> None:
+    panel.get_by_label("Prompt").fill("handwritten digit seven")
+    panel.get_by_label("Seed of both").fill("0")
+    panel.get_by_label("Prompt").press("Enter")
+    panel.locator(".pictures img").nth(7).wait_for()
+
+
+def how(panel: Any, page: Any) -> None:
+    panel.get_by_label("Whose stream").click()
+    page.get_by_role("option", name="Textbook: blocks").click()
+    panel.get_by_text("noisy copies").wait_for()
+
+
 TABS = {
     "picture": ("Picture", picture),
     "speech": ("Speech", speech),
     "video": ("Video", video),
     "shape": ("3D", shape),
+    "chat": ("Chat", chat),
+    "compare": ("Compare", compare),
+    "how": ("How it works", how),
+    "phone": ("Picture", picture),
 }
 
 
@@ -70,6 +102,10 @@ def main() -> None:
         page.goto(address)
         for file in args.tabs:
             name, act = TABS[file]
+            if file == "phone":
+                page.set_viewport_size({"width": 390, "height": 844})
+                page.goto(address)
+                page.get_by_role("tab", name=name).wait_for()
             page.get_by_role("tab", name=name, exact=True).click()
             panel = page.locator("[role='tabpanel']:visible")
             panel.wait_for()
