@@ -262,9 +262,7 @@ def load_weights(model: MultimodalModel, path_or_name: str | os.PathLike[str]) -
 def _read_weights(folder: Path, model: MultimodalModel) -> dict[str, Any]:
     file = safe_io.inside(folder, WEIGHTS)
     state = safe_io.read_tensors(file, model.state_dict())
-    for name, tensor in state.items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise ValueError(f"{str(file)!r}: {name} holds values that are not finite; the checkpoint is damaged")
+    safe_io.check_finite(file, state)
     return state
 
 

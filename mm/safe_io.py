@@ -230,6 +230,13 @@ def read_tensors(
     return tensors if expected is None else fit_tensors(repr(str(path)), tensors, expected)
 
 
+def check_finite(path: PathLike, tensors: Mapping[str, Tensor]) -> None:
+    """Raises `ValueError` naming a tensor of the file that holds infinities or NaN: no weights do."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise ValueError(f"{str(path)!r}: {name} holds values that are not finite; the file is damaged")
+
+
 def fit_tensors(what: str, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`tensors` with the dtypes of `expected`. Names and shapes must agree; floating-point dtypes are converted.
 

@@ -150,11 +150,7 @@ def write(folder: Path, form: str, config: Mapping[str, Any], state: Mapping[str
 def read_weights(folder: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The weights, of the names, shapes and types of `expected`. Raises `ValueError`."""
     state = safe_io.read_tensors(folder / WEIGHTS, expected, max_bytes=MAX_WEIGHT_BYTES)
-    for name, tensor in state.items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise ValueError(
-                f"{name!r} of {str(folder / WEIGHTS)!r} is not finite; the file is damaged: train it again"
-            )
+    safe_io.check_finite(folder / WEIGHTS, state)
     return state
 
 

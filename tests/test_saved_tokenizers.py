@@ -104,6 +104,16 @@ def test_rounded_weights_take_half_the_space(tmp_path: Path) -> None:
         rounded.rounded()
 
 
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    """Pictures came out black, and nobody said why."""
+    broken = make("image_vq")
+    with torch.no_grad():
+        next(broken.parameters()).view(-1)[0] = float("nan")
+    broken.save(tmp_path / "x")
+    with pytest.raises(ValueError, match="holds values that are not finite; the file is damaged"):
+        ImageVQ.from_directory(tmp_path / "x")
+
+
 def test_a_model_with_a_tokenizer_of_another_type_comes_back(tmp_path: Path) -> None:
     tokenizer = ImageVAE.tiny().to(torch.bfloat16)
     text = Modality(name="text", tokenizer=TextBytes(), head=LMHead(), order=Raster())
