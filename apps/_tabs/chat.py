@@ -100,7 +100,7 @@ def reply(
 
 def parts_of(message: dict[str, Any] | None) -> list[Any]:
     """A message as parts of a document: its files in their order, by our own loaders, then its text."""
-    from mm.pipelines.media import CLIPS, SHAPES, SOUNDS
+    from mm.pipelines.media import ANIMATED, CLIPS, SHAPES, SOUNDS
     from mm.shape_files import load_mesh
 
     files, text = (message or {}).get("files") or [], str((message or {}).get("text") or "")
@@ -109,7 +109,7 @@ def parts_of(message: dict[str, Any] | None) -> list[Any]:
     out: list[Any] = []
     for path in files:
         ending = Path(path).suffix.lower()
-        if ending in CLIPS - SOUNDS and ending not in (".gif", ".webp", ".apng"):
+        if ending in CLIPS - SOUNDS - ANIMATED:
             out.append(common.clip(path, "the clip is missing", 8.0))
         elif ending in SOUNDS:
             out.append(common.sound(path, "the sound is missing"))

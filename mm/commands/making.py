@@ -201,18 +201,13 @@ def texts(pipeline: Pipeline, args: Namespace, progress: Any) -> Any:
     return TextOutput(["".join(map(str, parts)) for parts in out.documents], [], out.seed)
 
 
-def _made(args: Namespace) -> Medium | None:
-    """The medium that comes out; None: text."""
-    return next((medium for medium, kind in KINDS.items() if kind == args.to), None)
-
-
 def check_request(pipeline: Pipeline, args: Namespace) -> None:
     """Raises `ValueError` for a model whose training showed it nothing of the kind: it would answer with nothing, or anything."""
     from mm.pipelines import abilities
     from mm.pipelines.any_to_any import AnyToAnyPipeline
 
     assert isinstance(pipeline, AnyToAnyPipeline)
-    made = _made(args) or "text"
+    made: abilities.Kind = next((medium for medium, kind in KINDS.items() if kind == args.to), "text")
     able = abilities.abilities_of(pipeline)
     if made == "text" and not (args.given or able.writes):
         instead = [f"--to {kind}" for medium, kind in KINDS.items() if ("text", medium) in able.follows]

@@ -187,9 +187,9 @@ class Pipeline:
         says what it shows."""
         documents = []
         for prompt in prompts:
-            if isinstance(prompt, str) and not prompt.strip():
-                raise ValueError(f"the prompt is empty; say what the {what} shows (None stands for any {what})")
             said = prompt.strip() if isinstance(prompt, str) else prompt  # a space at the end makes another last word
+            if said == "":
+                raise ValueError(f"the prompt is empty; say what the {what} shows (None stands for any {what})")
             documents.append([Segment(NULL, None, loss=False) if said is None else self.encode_text(said)])
         return documents
 
